@@ -1,0 +1,184 @@
+//! The record of a build: everything that is known of it after its last event.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::engine::Handle;
+use crate::failure::FailureReason;
+use crate::id::{BuildId, ImageKey, InstanceId, RunId};
+use crate::reference::Digest;
+use crate::run::Base;
+use crate::source::Source;
+use crate::step::Step;
+
+/// Where a build is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum State {
+    Queued,
+    Running,
+    Succeeded,
+    Failed,
+    Cancelled,
+}
+
+impl State {
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Queued => "QUEUED",
+            Self::Running => "RUNNING",
+            Self::Succeeded => "SUCCEEDED",
+            Self::Failed => "FAILED",
+            Self::Cancelled => "CANCELLED",
+        }
+    }
+}
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The whole record of one build. Each event of the journal carries it as it is after that event.
+///
+/// Times are those that the journal's stream gave the events; the event that makes a time so carries a record
+/// without it (see [`Record::at`]).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Record {
+    pub id: BuildId,
+    /// The target: what the finished image is called.
+    #[serde(rename = "ref")]
+    pub target_ref: String,
+    pub base_ref: String,
+    pub source: Source,
+    /// The commit that is built, for a Dockerfile from git.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
+    /// The base image exists already: only the copy to the target is to be made.
+    #[serde(default)]
+    pub base_exists: bool,
+    /// The digest at the target when the build was accepted, if there was an image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest_before: Option<Digest>,
+    pub state: State,
+    /// Of a failed build.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<FailureReason>,
+    /// For the user; of a failed or cancelled build, or of one that waits to be started again.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// Who asked first.
+    pub owner: String,
+    /// Who joined, without the first; bounded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub joined_by: Vec<String>,
+    /// The requests that were answered with this build; bounded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub requests: Vec<String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    #[serde(default)]
+    pub no_cache: bool,
+    /// How long an attempt may run, from `started`.
+    pub timeout_ms: u64,
+    /// How long it may wait before its first start.
+    pub queue_limit_ms: u64,
+    /// 1 for the first start; a start after a lost builder counts up.
+    pub attempt: u32,
+    /// How often it was claimed. A build that never was may be ended by anybody.
+    #[serde(default)]
+    pub claims: u32,
+    /// Who acts on it now, if anybody.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claimed_by: Option<InstanceId>,
+    /// The running attempt's builder; absent before `started` and after `retrying`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handle: Option<Handle>,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub engine: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub build_tool: String,
+    /// Somebody asked that it stop, and why (may be empty).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cancel: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queued_at: Option<Timestamp>,
+    /// Of the first attempt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Timestamp>,
+    /// Of the attempt that runs; its deadline counts from here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attempt_started_at: Option<Timestamp>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<Timestamp>,
+    /// Of the image at the target, once it succeeded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<Digest>,
+    /// Every step with its time, once the build is over; bounded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<Step>,
+    /// Every image that a FROM names, once the build is over; bounded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bases: Vec<Base>,
+    /// W3C trace context of the request that made it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub traceparent: String,
+    /// What a newer release wrote here: carried on as it is.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: BTreeMap<String, serde_json::Value>,
+}
+
+impl Record {
+    pub fn image_key(&self) -> ImageKey {
+        self.id.image_key()
+    }
+
+    /// The run of the present attempt.
+    pub fn run(&self) -> RunId {
+        RunId::new(&self.id, self.attempt)
+    }
+
+    pub fn timeout(&self) -> Duration {
+        Duration::from_millis(self.timeout_ms)
+    }
+
+    /// When the running attempt must have ended.
+    pub fn deadline(&self) -> Option<Timestamp> {
+        self.attempt_started_at.and_then(|started| started.checked_add(self.timeout()).ok())
+    }
+
+    /// When it must have been started for the first time.
+    pub fn queue_deadline(&self) -> Option<Timestamp> {
+        self.queued_at.and_then(|queued| queued.checked_add(Duration::from_millis(self.queue_limit_ms)).ok())
+    }
+
+    /// Everybody who waits for it, the first asker first.
+    pub fn owners(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.owner.as_str()).chain(self.joined_by.iter().map(String::as_str))
+    }
+
+    /// The record as read from an event: the time that the stream gave the event is filled in where this event is
+    /// what made it so.
+    pub fn at(mut self, event: &str, stored_at: Timestamp) -> Self {
+        match event {
+            "queued" => self.queued_at = Some(stored_at),
+            "started" => {
+                self.started_at.get_or_insert(stored_at);
+                self.attempt_started_at = Some(stored_at);
+            }
+            "succeeded" | "failed" | "cancelled" => self.finished_at = Some(stored_at),
+            _ => {}
+        }
+        self
+    }
+}

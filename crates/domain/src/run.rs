@@ -1,0 +1,107 @@
+//! A run: one attempt of one build by a builder. What the builder is given, and what it answers.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use secrecy::SecretString;
+use serde::{Deserialize, Serialize};
+
+use crate::failure::Failure;
+use crate::id::RunId;
+use crate::platform::Platform;
+use crate::reference::{Digest, ImageReference};
+use crate::source::DockerfileSource;
+use crate::step::Step;
+
+/// What a builder is to do. It holds no secret: those come as [`RunSecrets`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunSpec {
+    pub run: RunId,
+    pub work: Work,
+    pub target_ref: ImageReference,
+    /// The builder gives up by itself after this long.
+    pub timeout_ms: u64,
+    pub no_cache: bool,
+    /// Registry hosts (`host[:port]`) that are spoken to in plain HTTP; loopback is, without being named.
+    pub plain_http: Vec<String>,
+    /// `file://` git remotes are admitted.
+    pub file_remotes: bool,
+    /// W3C trace context of the build.
+    pub traceparent: String,
+}
+
+impl RunSpec {
+    pub fn timeout(&self) -> Duration {
+        Duration::from_millis(self.timeout_ms)
+    }
+}
+
+/// The two ways to make an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Work {
+    /// The target becomes a copy of an image that exists.
+    Copy { from: ImageReference, platform: Platform },
+    /// The Dockerfile is executed, the result pushed to the base ref, and the target becomes a copy of that.
+    Build { source: DockerfileSource, commit: String, base_ref: ImageReference },
+}
+
+/// The secrets of one run: files of the run's folder or pod, never arguments.
+#[derive(Clone, Debug, Default)]
+pub struct RunSecrets {
+    pub git_username: String,
+    pub git_password: Option<SecretString>,
+    /// Registry host → `username:password`. Only these may be used to pull.
+    pub registries: BTreeMap<String, SecretString>,
+    /// For `RUN --mount=type=secret`: id → content, base64.
+    pub mounts: BTreeMap<String, SecretString>,
+}
+
+/// An image that a FROM names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Base {
+    #[serde(rename = "ref")]
+    pub reference: String,
+    /// What it was when it was built on, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<Digest>,
+}
+
+/// What a builder tells of its work, however it ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Findings {
+    #[serde(default)]
+    pub steps: Vec<Step>,
+    #[serde(default)]
+    pub bases: Vec<Base>,
+    /// "buildah", "buildkit"; empty for a copy.
+    #[serde(default)]
+    pub build_tool: String,
+}
+
+/// What a builder leaves behind as its last act.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    pub result: RunResult,
+    #[serde(default)]
+    pub findings: Findings,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunResult {
+    /// The digest that the builder PUT at the target.
+    Pushed(Digest),
+    Failed(Failure),
+}
+
+/// How a run that has ended was found. Nothing of it can still push.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ended {
+    /// Absent where the builder was lost before it could write one.
+    pub outcome: Option<Outcome>,
+    /// What the builder recorded before it PUT the target's tag: after a crash it tells whether the image at the
+    /// target is this run's.
+    pub recorded: Option<Digest>,
+}
