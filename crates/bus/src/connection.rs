@@ -1,0 +1,134 @@
+//! One connection of one process to NATS.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_nats::jetstream;
+use async_nats::{Client, ConnectOptions, Event};
+use secrecy::{ExposeSecret as _, SecretString};
+
+use crate::error::BusError;
+
+/// Where the bus is and who we are to it.
+#[derive(Clone, Debug)]
+pub struct Connect {
+    /// `nats://host:port`, or several with commas between; without credentials.
+    pub url: String,
+    pub user: Option<String>,
+    pub password: Option<SecretString>,
+    /// Shown by the server for this connection.
+    pub name: String,
+}
+
+/// A connection to the bus; clones share it.
+#[derive(Clone)]
+pub struct Bus {
+    pub(crate) client: Client,
+    pub(crate) js: jetstream::Context,
+    errors: Arc<Errors>,
+}
+
+/// What the client tells only by the way: a refused permission shows as nothing but a missing answer.
+#[derive(Debug, Default)]
+struct Errors {
+    slow_consumer: AtomicU64,
+    server: AtomicU64,
+    disconnects: AtomicU64,
+}
+
+impl Connect {
+    /// Connects, and goes on connecting whenever the connection is lost. The first connection must succeed.
+    pub async fn connect(&self) -> Result<Bus, BusError> {
+        let errors = Arc::new(Errors::default());
+        let seen = errors.clone();
+        let mut options = ConnectOptions::new()
+            .name(&self.name)
+            // Apart from the inboxes that other users of the account may subscribe to.
+            .custom_inbox_prefix("_KILN_INBOX")
+            .ping_interval(Duration::from_secs(10))
+            .request_timeout(Some(Duration::from_secs(5)))
+            .event_callback(move |event| {
+                let seen = seen.clone();
+                async move { seen.note(&event) }
+            });
+        if let (Some(user), Some(password)) = (&self.user, &self.password) {
+            options = options.user_and_password(user.clone(), password.expose_secret().to_owned());
+        }
+        let client = options.connect(self.url.as_str()).await.map_err(|error| BusError::Unavailable {
+            operation: "connect",
+            detail: format!("{}: {error}", self.url),
+        })?;
+        let info = client.server_info();
+        if !client.is_server_compatible(2, 11, 0) {
+            return Err(BusError::Refused {
+                operation: "connect",
+                detail: format!("nats-server {} is too old: 2.11 or newer is needed", info.version),
+            });
+        }
+        if !info.jetstream {
+            return Err(BusError::Refused {
+                operation: "connect",
+                detail: "JetStream is not enabled on this server".into(),
+            });
+        }
+        let js = jetstream::context::ContextBuilder::new().timeout(Duration::from_secs(5)).build(client.clone());
+        Ok(Bus { client, js, errors })
+    }
+}
+
+impl Errors {
+    fn note(&self, event: &Event) {
+        match event {
+            Event::SlowConsumer(_) => {
+                // Healed by the readers' sequence check; counted, not logged: a storm of them would be its own fault.
+                self.slow_consumer.fetch_add(1, Ordering::Relaxed);
+            }
+            Event::Disconnected => {
+                self.disconnects.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!("the connection to the bus is lost; connecting again");
+            }
+            Event::Connected => tracing::info!("connected to the bus"),
+            Event::ServerError(error) => {
+                self.server.fetch_add(1, Ordering::Relaxed);
+                tracing::error!("the bus refuses something that Kiln needs: {error}");
+            }
+            Event::ClientError(error) => {
+                self.server.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!("bus client: {error}");
+            }
+            Event::LameDuckMode | Event::Draining | Event::Closed => {}
+        }
+    }
+}
+
+impl Bus {
+    /// Whether the connection stands now.
+    pub fn is_connected(&self) -> bool {
+        self.client.connection_state() == async_nats::connection::State::Connected
+    }
+
+    /// The largest message that the server takes, in bytes.
+    pub fn max_payload(&self) -> usize {
+        self.client.max_payload()
+    }
+
+    /// Messages dropped because a subscription here was full; errors of the server; lost connections.
+    pub fn counts(&self) -> [(&'static str, u64); 3] {
+        [
+            ("slow_consumer", self.errors.slow_consumer.load(Ordering::Relaxed)),
+            ("server_error", self.errors.server.load(Ordering::Relaxed)),
+            ("disconnected", self.errors.disconnects.load(Ordering::Relaxed)),
+        ]
+    }
+
+    /// Sends what is queued and closes the connection.
+    pub async fn close(self) {
+        if let Err(error) = self.client.flush().await {
+            tracing::warn!("the last messages to the bus may be lost: {error}");
+        }
+        if let Err(error) = self.client.drain().await {
+            tracing::warn!("the connection to the bus did not close cleanly: {error}");
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! Leases: which instances live. A lease only says *when* another may take over; what keeps two from acting is the
+//! append.
+//!
+//! A lease is written by a plain publish with an expected sequence and a time to live, for async-nats's own
+//! `create_with_ttl` loses the time to live on a key that has a delete marker.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_nats::jetstream::context::PublishErrorKind;
+use async_nats::jetstream::kv::{Operation, Store};
+use async_nats::jetstream::message::PublishMessage;
+use async_nats::jetstream::stream::LastRawMessageErrorKind;
+use futures::StreamExt as _;
+use kiln_contract::bucket;
+use kiln_domain::id::InstanceId;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::connection::Bus;
+use crate::error::BusError;
+use crate::layout::LEASE;
+
+const RENEW_EVERY: Duration = Duration::from_secs(10);
+/// Who could not renew for this long stops acting.
+const ACT_FOR: Duration = Duration::from_secs(20);
+/// Who was cut off, and is back, waits this long before it takes anything over: others were cut off too.
+const SETTLE: Duration = Duration::from_secs(15);
+
+/// This process's lease, and everybody else's.
+#[derive(Clone)]
+pub struct Holders {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    bus: Bus,
+    store: Store,
+    role: String,
+    mine: Mutex<Mine>,
+    live: watch::Sender<BTreeSet<InstanceId>>,
+    released: CancellationToken,
+}
+
+#[derive(Clone)]
+struct Mine {
+    instance: InstanceId,
+    revision: u64,
+    /// When the renewal that succeeded last was *sent*: the lease lasts at least from there.
+    renewed: Instant,
+    settled: Instant,
+}
+
+impl Holders {
+    /// Takes a lease for a new instance of `role`, and renews it until it is released.
+    pub async fn start(bus: &Bus, role: &str, tasks: &TaskTracker) -> Result<Self, BusError> {
+        let store = bus
+            .js
+            .get_key_value(bucket::HOLDERS)
+            .await
+            .map_err(|error| BusError::unavailable("open the holders bucket", error))?;
+        let now = Instant::now();
+        let mine = Mine { instance: new_instance(role)?, revision: 0, renewed: now, settled: now };
+        let holders = Self {
+            shared: Arc::new(Shared {
+                bus: bus.clone(),
+                store,
+                role: role.to_owned(),
+                mine: Mutex::new(mine),
+                live: watch::Sender::new(BTreeSet::new()),
+                released: CancellationToken::new(),
+            }),
+        };
+        holders.renew().await?;
+        for work in [true, false] {
+            let holders = holders.clone();
+            tasks.spawn(async move {
+                let released = holders.shared.released.clone();
+                tokio::select! {
+                    () = released.cancelled() => {}
+                    () = holders.keep_renewing(), if work => {}
+                    () = holders.keep_watching(), if !work => {}
+                }
+            });
+        }
+        Ok(holders)
+    }
+
+    /// Who we are, while we may act. `None` while the lease could not be renewed for 20 s; after it has lapsed, a new
+    /// instance, without the old one's claims.
+    pub fn me(&self) -> Option<InstanceId> {
+        let mine = self.mine();
+        (mine.revision > 0 && mine.renewed.elapsed() < ACT_FOR).then(|| mine.instance.clone())
+    }
+
+    /// Every live instance of our own role, ourselves included.
+    pub fn live(&self) -> Vec<InstanceId> {
+        let mut live: Vec<_> =
+            self.shared.live.borrow().iter().filter(|other| role_of(other) == self.shared.role).cloned().collect();
+        let mine = self.mine().instance.clone();
+        if !live.contains(&mine) {
+            live.push(mine);
+        }
+        live
+    }
+
+    /// Whether an instance's lease was seen to live. A hint; see [`Holders::confirm_dead`].
+    pub fn is_live(&self, instance: &InstanceId) -> bool {
+        self.shared.live.borrow().contains(instance) || self.mine().instance == *instance
+    }
+
+    /// Told whenever somebody comes or goes.
+    pub fn changes(&self) -> watch::Receiver<BTreeSet<InstanceId>> {
+        self.shared.live.subscribe()
+    }
+
+    /// Asks the bucket's leader whether an instance is dead, so that what it claimed may be taken over. `false` also
+    /// while we ourselves were cut off a moment ago.
+    pub async fn confirm_dead(&self, instance: &InstanceId) -> Result<bool, BusError> {
+        {
+            let mine = self.mine();
+            if mine.instance == *instance || mine.settled > Instant::now() || mine.renewed.elapsed() >= ACT_FOR {
+                return Ok(false);
+            }
+        }
+        match self.shared.store.stream.get_last_raw_message_by_subject(&key(instance)).await {
+            Ok(message) => {
+                // A marker that the server left when the lease lapsed, or our own delete.
+                let dead = message.headers.get("KV-Operation").is_some()
+                    || message.headers.get("Nats-Marker-Reason").is_some();
+                Ok(dead)
+            }
+            Err(error) if matches!(error.kind(), LastRawMessageErrorKind::NoMessageFound) => Ok(true),
+            Err(error) => Err(BusError::unavailable("read a lease", error)),
+        }
+    }
+
+    /// Ends the lease, so that others may take over at once. Nothing is renewed any more.
+    pub async fn release(&self) {
+        self.shared.released.cancel();
+        let instance = self.mine().instance.clone();
+        if let Err(error) = self.shared.store.delete(instance.as_str()).await {
+            tracing::warn!("the lease of {instance} could not be ended, it will lapse: {error}");
+        }
+    }
+
+    async fn keep_renewing(&self) {
+        loop {
+            let pause = match self.renew().await {
+                Ok(()) => RENEW_EVERY,
+                Err(error) => {
+                    tracing::warn!("the lease could not be renewed: {error}");
+                    Duration::from_secs(1)
+                }
+            };
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn renew(&self) -> Result<(), BusError> {
+        const RENEW: &str = "renew the lease";
+        let before = self.mine().clone();
+        let sent = Instant::now();
+        if before.revision > 0 && before.renewed.elapsed() >= LEASE {
+            self.begin_anew(sent)?;
+            return Err(BusError::Refused { operation: RENEW, detail: format!("{} has lapsed", before.instance) });
+        }
+        let message = PublishMessage::build()
+            .payload(self.shared.role.clone().into())
+            .expected_last_subject_sequence(before.revision)
+            .ttl(LEASE);
+        let published = self.shared.bus.js.send_publish(key(&before.instance), message).await;
+        let ack = match published {
+            Ok(ack) => ack.await,
+            Err(error) => Err(error),
+        };
+        match ack {
+            Ok(ack) => {
+                let mut mine = self.mine();
+                if before.renewed.elapsed() >= ACT_FOR {
+                    mine.settled = sent + SETTLE;
+                }
+                mine.revision = ack.sequence;
+                mine.renewed = sent;
+                Ok(())
+            }
+            // Our own renewal whose answer was lost, or the lapse: either way the sequence we knew is gone.
+            Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => {
+                let last = self.shared.store.stream.get_last_raw_message_by_subject(&key(&before.instance)).await;
+                match last {
+                    Ok(last) if last.payload == self.shared.role.as_bytes() && last.headers.get("Nats-TTL").is_some() => {
+                        self.mine().revision = last.sequence;
+                        Err(BusError::unavailable(RENEW, "an answer was lost"))
+                    }
+                    Ok(_) => {
+                        self.begin_anew(sent)?;
+                        Err(BusError::Refused { operation: RENEW, detail: format!("{} has lapsed", before.instance) })
+                    }
+                    Err(error) => Err(BusError::unavailable(RENEW, error)),
+                }
+            }
+            Err(error) => Err(BusError::unavailable(RENEW, error)),
+        }
+    }
+
+    fn begin_anew(&self, now: Instant) -> Result<(), BusError> {
+        let instance = new_instance(&self.shared.role)?;
+        let mut mine = self.mine();
+        tracing::warn!("the lease of {} has lapsed: going on as {instance}, without its claims", mine.instance);
+        *mine = Mine { instance, revision: 0, renewed: now, settled: now + SETTLE };
+        Ok(())
+    }
+
+    async fn keep_watching(&self) {
+        loop {
+            if let Err(error) = self.watch_once().await {
+                tracing::warn!("the watch of the leases was cut off: {error}");
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+
+    async fn watch_once(&self) -> Result<(), BusError> {
+        let failed = |error: &dyn std::fmt::Display| BusError::unavailable("watch leases", error);
+        let mut watch = self.shared.store.watch_with_history(">").await.map_err(|error| failed(&error))?;
+        let mut seen = BTreeSet::new();
+        while let Some(entry) = watch.next().await {
+            let entry = entry.map_err(|error| failed(&error))?;
+            let Ok(instance) = entry.key.parse::<InstanceId>() else { continue };
+            match entry.operation {
+                Operation::Put => seen.insert(instance),
+                Operation::Delete | Operation::Purge => seen.remove(&instance),
+            };
+            self.shared.live.send_if_modified(|live| {
+                let changed = *live != seen;
+                live.clone_from(&seen);
+                changed
+            });
+        }
+        Ok(())
+    }
+
+    fn mine(&self) -> MutexGuard<'_, Mine> {
+        self.shared.mine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn key(instance: &InstanceId) -> String {
+    format!("$KV.{}.{instance}", bucket::HOLDERS)
+}
+
+fn new_instance(role: &str) -> Result<InstanceId, BusError> {
+    InstanceId::new(role, rand::random()).map_err(|error| BusError::malformed("name the instance", error))
+}
+
+/// The role that an instance's name begins with.
+fn role_of(instance: &InstanceId) -> &str {
+    instance.as_str().rsplit_once('-').map_or("", |(role, _)| role)
+}

@@ -1,0 +1,146 @@
+//! The streams and buckets, made or brought up to date by this one place. Several processes may do it at once.
+
+use std::time::Duration;
+
+use async_nats::jetstream::{kv, stream};
+use kiln_contract::{bucket, subject};
+
+use crate::connection::Bus;
+use crate::error::BusError;
+
+/// What an installation may choose of its streams.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// 1 on one node, 3 on a cluster.
+    pub replicas: usize,
+    pub journal_max_bytes: i64,
+    pub logs_max_bytes: i64,
+    pub logs_max_age: Duration,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Self {
+            replicas: 1,
+            journal_max_bytes: 4 << 30,
+            logs_max_bytes: 32 << 30,
+            logs_max_age: Duration::from_secs(7 * DAY),
+        }
+    }
+}
+
+const DAY: u64 = 24 * 60 * 60;
+
+/// An instance's lease, and how long a marker of a lapsed one is kept.
+pub(crate) const LEASE: Duration = Duration::from_secs(30);
+
+impl Bus {
+    /// Creates what is missing and updates what differs. An error names the stream or bucket, and why it can't be changed.
+    pub async fn provision(&self, layout: &Layout) -> Result<(), BusError> {
+        for config in streams(layout) {
+            let name = config.name.clone();
+            let made = async {
+                match self.js.create_stream(config.clone()).await {
+                    Ok(_) => Ok(()),
+                    // It exists, made otherwise; or another process makes it now.
+                    Err(_) => self.js.update_stream(config).await.map(|_| ()),
+                }
+            };
+            made.await.map_err(|error| BusError::Refused {
+                operation: "provision",
+                detail: format!("stream {name}: {error}"),
+            })?;
+        }
+        for config in buckets(layout) {
+            let name = config.bucket.clone();
+            self.js.create_or_update_key_value(config).await.map_err(|error| BusError::Refused {
+                operation: "provision",
+                detail: format!("bucket {name}: {error}"),
+            })?;
+        }
+        Ok(())
+    }
+}
+
+fn streams(layout: &Layout) -> [stream::Config; 4] {
+    let file = stream::Config { storage: stream::StorageType::File, num_replicas: layout.replicas, ..Default::default() };
+    [
+        stream::Config {
+            name: subject::JOURNAL_STREAM.into(),
+            description: Some("The history of every build; its last event is its state".into()),
+            subjects: vec![subject::JOURNAL_SUBJECTS.into()],
+            discard: stream::DiscardPolicy::New,
+            max_age: Duration::from_secs(30 * DAY),
+            max_bytes: layout.journal_max_bytes,
+            allow_direct: true,
+            duplicate_window: Duration::from_secs(120),
+            ..file.clone()
+        },
+        stream::Config {
+            name: subject::EVENTS_STREAM.into(),
+            description: Some("A mirror of the journal for other subscribers".into()),
+            mirror: Some(stream::Source { name: subject::JOURNAL_STREAM.into(), ..Default::default() }),
+            max_age: Duration::from_secs(30 * DAY),
+            max_bytes: layout.journal_max_bytes,
+            allow_direct: true,
+            ..file.clone()
+        },
+        stream::Config {
+            name: subject::LOGS_STREAM.into(),
+            description: Some("The log of every build, masked".into()),
+            subjects: vec![subject::LOG_SUBJECTS.into()],
+            discard: stream::DiscardPolicy::Old,
+            max_age: layout.logs_max_age,
+            max_bytes: layout.logs_max_bytes,
+            max_consumers: 32,
+            allow_direct: true,
+            compression: Some(stream::Compression::S2),
+            duplicate_window: Duration::from_secs(60),
+            republish: Some(stream::Republish {
+                source: subject::LOG_SUBJECTS.into(),
+                destination: subject::LIVE_LOG_DESTINATION.into(),
+                headers_only: false,
+            }),
+            ..file.clone()
+        },
+        stream::Config {
+            name: subject::PROGRESS_STREAM.into(),
+            description: Some("The running step of every build".into()),
+            subjects: vec![subject::PROGRESS_SUBJECTS.into()],
+            storage: stream::StorageType::Memory,
+            discard: stream::DiscardPolicy::Old,
+            max_messages_per_subject: 1,
+            max_age: Duration::from_secs(DAY),
+            max_bytes: 64 << 20,
+            allow_direct: true,
+            num_replicas: layout.replicas,
+            ..Default::default()
+        },
+    ]
+}
+
+fn buckets(layout: &Layout) -> [kv::Config; 3] {
+    let file = kv::Config { history: 1, num_replicas: layout.replicas, ..Default::default() };
+    [
+        kv::Config {
+            bucket: bucket::HOLDERS.into(),
+            description: "Which instances live".into(),
+            limit_markers: Some(Duration::from_secs(60)),
+            ..file.clone()
+        },
+        kv::Config {
+            bucket: bucket::SECRETS.into(),
+            description: "Sealed secrets; its keys are the builds that are not cleaned up yet".into(),
+            // Above the queue limit and three times the longest timeout.
+            max_age: Duration::from_secs(5 * DAY),
+            ..file.clone()
+        },
+        kv::Config {
+            bucket: bucket::REFS.into(),
+            description: "The resolver's answers".into(),
+            max_age: Duration::from_secs(DAY),
+            max_bytes: 256 << 20,
+            ..file
+        },
+    ]
+}

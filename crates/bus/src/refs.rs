@@ -1,0 +1,81 @@
+//! `KILN_REFS`: the resolver's answers, shared by its replicas. Here they are bytes under a key.
+//!
+//! It is a cache: an entry may be gone at any time (the bucket keeps a day and a bounded size), and a failed write
+//! loses nothing but a question to a registry.
+
+use std::fmt::Write as _;
+
+use bytes::Bytes;
+use kiln_contract::bucket;
+
+use crate::connection::Bus;
+use crate::error::BusError;
+
+/// The bucket.
+#[derive(Clone)]
+pub struct RefsBucket {
+    store: async_nats::jetstream::kv::Store,
+}
+
+/// The name of an entry: a sha256, so that no text of a request becomes part of a subject.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RefKey(pub [u8; 32]);
+
+impl RefKey {
+    fn subject_token(&self) -> String {
+        let mut token = String::with_capacity(64);
+        for byte in self.0 {
+            // Writing to a String can't fail.
+            let _ = write!(token, "{byte:02x}");
+        }
+        token
+    }
+}
+
+impl RefsBucket {
+    /// The bucket that [`Bus::provision`] made.
+    pub async fn open(bus: &Bus) -> Result<Self, BusError> {
+        let store = bus
+            .js
+            .get_key_value(bucket::REFS)
+            .await
+            .map_err(|error| BusError::unavailable("open the bucket of references", error))?;
+        Ok(Self { store })
+    }
+
+    /// Keeps an answer. Whoever writes last wins.
+    pub async fn put(&self, key: &RefKey, answer: Bytes) -> Result<(), BusError> {
+        self.store
+            .put(key.subject_token(), answer)
+            .await
+            .map(|_| ())
+            .map_err(|error| BusError::unavailable("keep a resolved reference", error))
+    }
+
+    /// Removes an answer that isn't true any more.
+    pub async fn remove(&self, key: &RefKey) -> Result<(), BusError> {
+        self.store
+            .purge(key.subject_token())
+            .await
+            .map_err(|error| BusError::unavailable("remove a resolved reference", error))
+    }
+
+    /// An answer that some replica kept; `None` if there is none. On a cluster it may be an older one.
+    pub async fn get(&self, key: &RefKey) -> Result<Option<Bytes>, BusError> {
+        self.store
+            .get(key.subject_token())
+            .await
+            .map_err(|error| BusError::unavailable("read a resolved reference", error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_64_hex_digits() {
+        let token = RefKey([0x0a; 32]).subject_token();
+        assert_eq!(token, "0a".repeat(32));
+    }
+}

@@ -1,0 +1,79 @@
+//! `KILN_SECRETS`: a sealed entry for each build that isn't cleaned up yet.
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+use kiln_contract::bucket;
+use kiln_contract::secrets::Secrets;
+use kiln_domain::id::BuildId;
+
+use crate::connection::Bus;
+use crate::error::BusError;
+use crate::seal::{OpenKey, SealError, SealKey};
+
+/// Seals a request's secrets, for a question or the bucket.
+pub fn seal(key: &SealKey, secrets: &Secrets) -> Result<Bytes, SealError> {
+    let json = serde_json::to_vec(secrets).map_err(|_| SealError::Seal)?;
+    key.seal(&json).map(Bytes::from)
+}
+
+/// Opens what [`seal`] made. Empty bytes are no secrets.
+pub fn open(key: &OpenKey, sealed: &[u8]) -> Result<Secrets, SealError> {
+    if sealed.is_empty() {
+        return Ok(Secrets::default());
+    }
+    serde_json::from_slice(&key.open(sealed)?).map_err(|_| SealError::Open)
+}
+
+/// The bucket. It never sees an open secret.
+#[derive(Clone)]
+pub struct SecretsBucket {
+    store: async_nats::jetstream::kv::Store,
+}
+
+impl SecretsBucket {
+    pub async fn open(bus: &Bus) -> Result<Self, BusError> {
+        let store = bus
+            .js
+            .get_key_value(bucket::SECRETS)
+            .await
+            .map_err(|error| BusError::unavailable("open the secrets bucket", error))?;
+        Ok(Self { store })
+    }
+
+    /// Keeps a build's sealed secrets.
+    pub async fn put(&self, id: &BuildId, sealed: Bytes) -> Result<(), BusError> {
+        self.store
+            .put(id.as_str(), sealed)
+            .await
+            .map(|_| ())
+            .map_err(|error| BusError::unavailable("keep a build's secrets", error))
+    }
+
+    /// A build's sealed secrets; `None` once it is cleaned up.
+    pub async fn get(&self, id: &BuildId) -> Result<Option<Bytes>, BusError> {
+        self.store
+            .get(id.as_str())
+            .await
+            .map_err(|error| BusError::unavailable("read a build's secrets", error))
+    }
+
+    /// Removes a build's entry, its old revisions too.
+    pub async fn remove(&self, id: &BuildId) -> Result<(), BusError> {
+        self.store
+            .purge(id.as_str())
+            .await
+            .map_err(|error| BusError::unavailable("remove a build's secrets", error))
+    }
+
+    /// The builds that are not cleaned up yet.
+    pub async fn builds(&self) -> Result<Vec<BuildId>, BusError> {
+        let failed = |error: &dyn std::fmt::Display| BusError::unavailable("list builds to clean up", error);
+        let mut keys = self.store.keys().await.map_err(|error| failed(&error))?;
+        let mut builds = Vec::new();
+        while let Some(key) = keys.next().await {
+            // A key that is no build id is not ours.
+            builds.extend(key.map_err(|error| failed(&error))?.parse());
+        }
+        Ok(builds)
+    }
+}

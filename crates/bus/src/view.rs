@@ -1,0 +1,206 @@
+//! A view: the last record of every build, kept by one ordered consumer over the journal. One a process.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::DeliverPolicy;
+use async_nats::jetstream::consumer::pull::OrderedConfig;
+use futures::StreamExt as _;
+use jiff::Timestamp;
+use kiln_contract::subject;
+use kiln_domain::id::BuildId;
+use tokio::sync::{broadcast, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::connection::Bus;
+use crate::error::BusError;
+use crate::journal::{Entry, entry};
+
+/// Finished builds kept in memory; older ones are read from the stream.
+const FINISHED_KEPT: usize = 20_000;
+/// Changes that a listener may be behind before it must look at everything again.
+const CHANGES_KEPT: usize = 1_024;
+
+/// The last record of every build; clones share it.
+#[derive(Clone)]
+pub struct View {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    state: RwLock<State>,
+    sequence: watch::Sender<u64>,
+    caught_up: watch::Sender<bool>,
+    changes: broadcast::Sender<Arc<Entry>>,
+}
+
+#[derive(Default)]
+struct State {
+    builds: HashMap<BuildId, (Arc<Entry>, u64)>,
+    /// By the sequence of a build's first event: its place in a list.
+    order: BTreeMap<u64, BuildId>,
+    active: BTreeMap<u64, BuildId>,
+}
+
+impl View {
+    /// Begins to follow the journal until `stop`.
+    pub fn start(bus: &Bus, tasks: &TaskTracker, stop: &CancellationToken) -> Self {
+        let view = Self {
+            shared: Arc::new(Shared {
+                state: RwLock::default(),
+                sequence: watch::Sender::new(0),
+                caught_up: watch::Sender::new(false),
+                changes: broadcast::Sender::new(CHANGES_KEPT),
+            }),
+        };
+        let (follower, bus, stop) = (view.clone(), bus.clone(), stop.clone());
+        tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = follower.follow(&bus) => {}
+            }
+        });
+        view
+    }
+
+    /// A build's last event, if the view holds it.
+    pub fn get(&self, id: &BuildId) -> Option<Arc<Entry>> {
+        self.state().builds.get(id).map(|(entry, _)| entry.clone())
+    }
+
+    /// Every build that isn't over, the longest waiting first.
+    pub fn active(&self) -> Vec<Arc<Entry>> {
+        let state = self.state();
+        state.active.values().filter_map(|id| state.builds.get(id)).map(|(entry, _)| entry.clone()).collect()
+    }
+
+    /// Builds newest first, those that were queued before the place `before`, each with its place.
+    pub fn newest(&self, before: Option<u64>, mut wanted: impl FnMut(&Entry) -> bool, limit: usize) -> Vec<(u64, Arc<Entry>)> {
+        let state = self.state();
+        let range = state.order.range(..before.unwrap_or(u64::MAX)).rev();
+        range
+            .filter_map(|(place, id)| state.builds.get(id).map(|(entry, _)| (*place, entry.clone())))
+            .filter(|(_, entry)| wanted(entry))
+            .take(limit)
+            .collect()
+    }
+
+    /// Every change from now on. A listener that lags must look at [`View::active`] again.
+    pub fn changes(&self) -> broadcast::Receiver<Arc<Entry>> {
+        self.shared.changes.subscribe()
+    }
+
+    /// Waits until the view holds everything up to a sequence: a read of one's own append.
+    pub async fn reached(&self, sequence: u64, within: Duration) -> bool {
+        let mut seen = self.shared.sequence.subscribe();
+        let reached = seen.wait_for(|at| *at >= sequence);
+        matches!(tokio::time::timeout(within, reached).await, Ok(Ok(_)))
+    }
+
+    /// Whether it has read all that was there when it began.
+    pub fn is_caught_up(&self) -> bool {
+        *self.shared.caught_up.borrow()
+    }
+
+    /// Waits until [`View::is_caught_up`].
+    pub async fn caught_up(&self) {
+        let mut caught_up = self.shared.caught_up.subscribe();
+        // Fails only when the view is gone, which holds the sender.
+        let _ = caught_up.wait_for(|caught_up| *caught_up).await;
+    }
+
+    async fn follow(&self, bus: &Bus) {
+        let mut pause = Duration::from_millis(100);
+        loop {
+            let before = *self.shared.sequence.borrow();
+            if let Err(error) = self.follow_once(bus).await {
+                tracing::warn!("the view of the journal was cut off; reading on from {before}: {error}");
+            }
+            if *self.shared.sequence.borrow() > before {
+                pause = Duration::from_millis(100);
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(5));
+        }
+    }
+
+    async fn follow_once(&self, bus: &Bus) -> Result<(), BusError> {
+        const FOLLOW: &str = "follow the journal";
+        let unavailable = |error: &dyn std::fmt::Display| BusError::unavailable(FOLLOW, error);
+        let stream = bus.js.get_stream(subject::JOURNAL_STREAM).await.map_err(|error| unavailable(&error))?;
+        let state = &stream.cached_info().state;
+        let (last, from) = (state.last_sequence, *self.shared.sequence.borrow() + 1);
+        if last + 1 < from {
+            // The stream was made anew: what it holds now is the truth.
+            tracing::error!("the journal begins anew at {last}: it was deleted or restored; reading all of it");
+            *self.shared.state.write().unwrap_or_else(PoisonError::into_inner) = State::default();
+            self.shared.sequence.send_replace(0);
+            return Ok(());
+        }
+        if state.messages == 0 || last < from {
+            self.shared.caught_up.send_replace(true);
+        }
+        let deliver_policy = DeliverPolicy::ByStartSequence { start_sequence: from };
+        let consumer = stream
+            .create_consumer(OrderedConfig { deliver_policy, ..Default::default() })
+            .await
+            .map_err(|error| unavailable(&error))?;
+        let mut messages = consumer.messages().await.map_err(|error| unavailable(&error))?;
+        while let Some(message) = messages.next().await {
+            let message = message.map_err(|error| unavailable(&error))?;
+            let info = message.info().map_err(|error| unavailable(&error))?;
+            let stored_at = Timestamp::from_nanosecond(info.published.unix_timestamp_nanos())
+                .map_err(|error| BusError::malformed(FOLLOW, error))?;
+            let (sequence, pending) = (info.stream_sequence, info.pending);
+            let empty = async_nats::HeaderMap::new();
+            let headers = message.headers.as_ref().unwrap_or(&empty);
+            match entry(&message.subject, sequence, stored_at, headers, &message.payload) {
+                Ok(entry) => self.take(entry),
+                // It must not stop the view: all other builds would stand still for it.
+                Err(error) => tracing::error!("an event of the journal is left out: {error}"),
+            }
+            self.shared.sequence.send_replace(sequence);
+            if sequence >= last || pending == 0 {
+                self.shared.caught_up.send_if_modified(|caught_up| !std::mem::replace(caught_up, true));
+            }
+        }
+        Err(BusError::unavailable(FOLLOW, "the consumer ended"))
+    }
+
+    fn take(&self, entry: Entry) {
+        let entry = Arc::new(entry);
+        let id = entry.record.id.clone();
+        {
+            let mut state = self.shared.state.write().unwrap_or_else(PoisonError::into_inner);
+            let place = state.builds.get(&id).map_or(entry.sequence, |(_, place)| *place);
+            state.builds.insert(id.clone(), (entry.clone(), place));
+            state.order.insert(place, id.clone());
+            if entry.record.state.is_terminal() {
+                state.active.remove(&place);
+            } else {
+                state.active.insert(place, id);
+            }
+            state.forget_oldest();
+        }
+        // Nobody listens: nobody misses it.
+        let _ = self.shared.changes.send(entry);
+    }
+
+    fn state(&self) -> RwLockReadGuard<'_, State> {
+        self.shared.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn forget_oldest(&mut self) {
+        if self.builds.len() - self.active.len() <= FINISHED_KEPT {
+            return;
+        }
+        let oldest = self.order.keys().find(|place| !self.active.contains_key(place)).copied();
+        if let Some(id) = oldest.and_then(|place| self.order.remove(&place)) {
+            self.builds.remove(&id);
+        }
+    }
+}

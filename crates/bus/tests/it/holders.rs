@@ -1,0 +1,56 @@
+//! Leases: seen by others, ended at once on release, and lapsed for who was paused.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use kiln_bus::holders::Holders;
+use kiln_domain::id::InstanceId;
+use kiln_testkit::nats;
+use tokio_util::task::TaskTracker;
+
+use crate::parts::{connect, provisioned};
+
+async fn seen(holders: &Holders, wanted: impl Fn(&[InstanceId]) -> bool) -> Result<()> {
+    let mut changes = holders.changes();
+    let wait = async {
+        while !wanted(&holders.live()) {
+            changes.changed().await?;
+        }
+        Ok::<_, anyhow::Error>(())
+    };
+    tokio::time::timeout(Duration::from_secs(20), wait).await?
+}
+
+#[tokio::test]
+async fn holders_see_each_other_and_a_release_at_once() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let tasks = TaskTracker::new();
+    let first = Holders::start(&bus, "orchestrator", &tasks).await?;
+    let second = Holders::start(&connect(&server.url()).await?, "orchestrator", &tasks).await?;
+    let relay = Holders::start(&connect(&server.url()).await?, "log-relay", &tasks).await?;
+    let (me, other) = (first.me().unwrap(), second.me().unwrap());
+    seen(&first, |live| live.len() == 2).await?;
+    ensure!(first.live().contains(&other) && second.live().contains(&other));
+    ensure!(!first.live().contains(&relay.me().unwrap()), "another role is not counted");
+    ensure!(!first.confirm_dead(&other).await?, "a live one is not dead");
+    second.release().await;
+    seen(&first, |live| live == [me.clone()]).await?;
+    ensure!(first.confirm_dead(&other).await?);
+    ensure!(!first.confirm_dead(&me).await?, "nobody takes over from himself");
+    ensure!(first.confirm_dead(&InstanceId::new("orchestrator", 1)?).await?, "who never was is dead");
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_instance_id_is_never_used_twice() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let tasks = TaskTracker::new();
+    let first = Holders::start(&bus, "orchestrator", &tasks).await?;
+    let before = first.me();
+    first.release().await;
+    let second = Holders::start(&bus, "orchestrator", &tasks).await?;
+    ensure!(before != second.me());
+    Ok(())
+}

@@ -1,0 +1,9 @@
+//! The bus against a real nats-server, one node and three.
+
+#![cfg(test)]
+
+mod holders;
+mod journal;
+mod logs;
+mod parts;
+mod view;

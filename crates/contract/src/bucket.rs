@@ -1,0 +1,9 @@
+//! The key-value buckets.
+
+/// Which instances live: instance id → role, with a time to live.
+pub const HOLDERS: &str = "KILN_HOLDERS";
+/// Sealed secrets of builds: build id → sealed [`crate::secrets::Secrets`]. Its keys are the list of builds that are
+/// not cleaned up yet.
+pub const SECRETS: &str = "KILN_SECRETS";
+/// The resolver's answers.
+pub const REFS: &str = "KILN_REFS";
