@@ -1,0 +1,82 @@
+//! Copying one platform's image from one repository to another.
+
+use std::collections::BTreeMap;
+
+use futures::stream::{self, StreamExt as _, TryStreamExt as _};
+use kiln_domain::platform::Platform;
+use kiln_domain::reference::{Digest, ImageReference};
+use oci_spec::image::Descriptor;
+
+use crate::BeforePut;
+use crate::access::Access;
+use crate::blob::{self, Blob};
+use crate::error::Error;
+use crate::http::Http;
+use crate::manifest::{Content, Manifest};
+use crate::repository::{Repository, digest_of};
+use crate::resolve::{Found, find};
+use crate::retry::Retry;
+
+/// See [`crate::Registry::copy`].
+pub(crate) async fn copy(
+    http: &Http,
+    from: &ImageReference,
+    to: &ImageReference,
+    platform: &Platform,
+    access: &Access,
+    before_put: &mut BeforePut<'_>,
+) -> Result<Digest, Error> {
+    let source = Repository::source(http, from, access)?;
+    let mount_from = (from.registry() == to.registry()).then_some(from.repository());
+    let target = Repository::target(http, to, mount_from, access)?;
+    let manifest = match find(&source, from.selector(), from, platform).await? {
+        Found::Read(manifest) => *manifest,
+        Found::Named(digest) => named(&source, from, &digest).await?,
+    };
+    let blobs = blobs(&manifest, &from.pinned(&manifest.digest).to_string())?;
+    let copies = blobs.into_iter().map(|blob| {
+        let (source, target) = (&source, &target);
+        async move { blob::copy(source, target, &blob).await }
+    });
+    let parallel = http.config.parallel_blobs.max(1);
+    stream::iter(copies).buffer_unordered(parallel).try_collect::<()>().await?;
+
+    let mut retry = Retry::of_request(access, to.registry());
+    loop {
+        before_put(&manifest.digest).map_err(Error::Stopped)?;
+        match target.put_manifest(to.selector(), &manifest, &to.to_string()).await {
+            Ok(()) => return Ok(manifest.digest),
+            Err(failure) => retry.wait(failure).await?,
+        }
+    }
+}
+
+/// Reads the manifest that an index names.
+async fn named(source: &Repository<'_>, from: &ImageReference, digest: &Digest) -> Result<Manifest, Error> {
+    match source.manifest(digest.as_str(), &from.pinned(digest).to_string()).await {
+        Err(Error::NotFound { .. }) => {
+            Err(Error::broken(&from.to_string(), format!("its manifest {digest} is missing")))
+        }
+        other => other,
+    }
+}
+
+/// All that an image consists of besides its manifest, each once.
+fn blobs(manifest: &Manifest, reference: &str) -> Result<Vec<Blob>, Error> {
+    let Content::Image { config, layers } = &manifest.content else {
+        return Err(Error::broken(reference, "its index names another index as an image"));
+    };
+    let mut blobs = BTreeMap::new();
+    for descriptor in std::iter::once(&**config).chain(layers.iter().filter(|layer| !is_foreign(layer))) {
+        let blob = Blob { digest: digest_of(descriptor, reference)?, size: descriptor.size() };
+        blobs.insert(blob.digest.clone(), blob);
+    }
+    Ok(blobs.into_values().collect())
+}
+
+/// A layer that registries don't hold: it is had from its URLs (Windows' base images).
+fn is_foreign(layer: &Descriptor) -> bool {
+    let media_type = layer.media_type().to_string();
+    let foreign = media_type.contains("nondistributable") || media_type.contains("rootfs.foreign");
+    foreign && layer.urls().as_ref().is_some_and(|urls| !urls.is_empty())
+}

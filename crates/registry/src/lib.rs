@@ -1,0 +1,125 @@
+//! Speaks OCI distribution (<https://github.com/opencontainers/distribution-spec>) with any registry:
+//! what a reference points at, whether a tag is there, and copying an image from one repository to another.
+//!
+//! - I am asked by the resolver (resolve, digest) and the builder (digest, copy), through the port [`Registry`].
+//! - I ask registries over HTTP(S), the token services that they name, and the caller's [`Keychain`].
+//! - I never keep anything between two calls (caching is the resolver's), read a clock other than tokio's, send a
+//!   credential anywhere but to the registry it is for and that registry's token service, or follow a redirect with one.
+//!
+//! An own client, not oci-client 0.18: that one reads bodies without a bound, drops Retry-After, follows redirects
+//! by itself and unwraps what a registry sends (the upload location, a token that is no header value).
+
+mod access;
+mod blob;
+mod challenge;
+mod copy;
+mod error;
+mod http;
+mod manifest;
+mod repository;
+mod resolve;
+mod retry;
+mod token;
+
+use std::io;
+
+use async_trait::async_trait;
+use kiln_domain::platform::Platform;
+use kiln_domain::reference::{Digest, ImageReference};
+
+pub use crate::access::{Access, Credential, InvalidCredential, Keychain, Keyring};
+pub use crate::error::{Error, Problem};
+pub use crate::http::Config;
+use crate::http::Http;
+
+/// Called with the digest of the manifest that is about to be put.
+pub type BeforePut<'a> = dyn FnMut(&Digest) -> io::Result<()> + Send + 'a;
+
+/// What the rest of Kiln wants of registries.
+///
+/// Every method ends by [`Access::deadline`], and retries by itself what may pass.
+#[async_trait]
+pub trait Registry: Send + Sync {
+    /// The digest of the single-platform manifest that `reference` stands for.
+    ///
+    /// An index is narrowed down to `platform`; a single image must be for it, unless its config names no
+    /// platform. [`Error::NoPlatform`] if there is none.
+    async fn resolve(
+        &self,
+        reference: &ImageReference,
+        platform: &Platform,
+        access: &Access,
+    ) -> Result<Digest, Error>;
+
+    /// The digest of what `reference` points at now, an index's as it stands; `None` if there is nothing.
+    ///
+    /// Costs a HEAD, which rate limits mostly don't count; a GET where a registry answers no digest to it.
+    async fn digest(&self, reference: &ImageReference, access: &Access) -> Result<Option<Digest>, Error>;
+
+    /// Makes `to` the same image as `from`, for one platform, and returns its manifest's digest.
+    ///
+    /// Blobs first: by a mount within a registry that offers it, else streamed, what is there already skipped;
+    /// then the manifest, byte for byte. `before_put` is called with the digest before every attempt to PUT the
+    /// manifest; its error ends the copy as [`Error::Stopped`], the tag untouched by that attempt. Called again
+    /// after any end, it does what is left.
+    async fn copy(
+        &self,
+        from: &ImageReference,
+        to: &ImageReference,
+        platform: &Platform,
+        access: &Access,
+        before_put: &mut BeforePut<'_>,
+    ) -> Result<Digest, Error>;
+}
+
+/// The real registries, over HTTP(S).
+///
+/// Cheap until used: HTTP clients are made, and trust roots read, at the first request that needs them.
+#[derive(Debug, Default)]
+pub struct OciRegistry {
+    http: Http,
+}
+
+impl OciRegistry {
+    pub fn new(config: Config) -> Self {
+        Self { http: Http::new(config) }
+    }
+}
+
+#[async_trait]
+impl Registry for OciRegistry {
+    async fn resolve(
+        &self,
+        reference: &ImageReference,
+        platform: &Platform,
+        access: &Access,
+    ) -> Result<Digest, Error> {
+        access.in_time(reference.registry(), resolve::resolve(&self.http, reference, platform, access)).await
+    }
+
+    async fn digest(&self, reference: &ImageReference, access: &Access) -> Result<Option<Digest>, Error> {
+        access.in_time(reference.registry(), resolve::digest(&self.http, reference, access)).await
+    }
+
+    async fn copy(
+        &self,
+        from: &ImageReference,
+        to: &ImageReference,
+        platform: &Platform,
+        access: &Access,
+        before_put: &mut BeforePut<'_>,
+    ) -> Result<Digest, Error> {
+        let copied = copy::copy(&self.http, from, to, platform, access, before_put);
+        access.in_time(to.registry(), copied).await
+    }
+}
+
+/// Makes ring the crypto of all TLS in this process; a second call changes nothing.
+///
+/// `main` calls it before anything speaks TLS, as no other provider is compiled in.
+pub fn install_crypto_provider() {
+    if rustls::crypto::CryptoProvider::get_default().is_none() {
+        // It fails only where another thread was quicker to do the same.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    }
+}
