@@ -1,0 +1,159 @@
+//! A fake engine: runs whose output a test releases piece by piece, and which end when it says so. It runs nothing.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use kiln_domain::engine::{Cursor, Engine, EngineError, Handle, Observed, Output};
+use kiln_domain::id::RunId;
+use kiln_domain::run::{Ended, RunSecrets, RunSpec};
+use tokio::sync::watch;
+
+/// An engine of runs that a test plays.
+#[derive(Debug, Default)]
+pub struct FakeEngine {
+    runs: Mutex<HashMap<RunId, Run>>,
+    changed: watch::Sender<()>,
+}
+
+#[derive(Debug, Default)]
+struct Run {
+    output: BytesMut,
+    /// Set once nothing of it can push any more; its output has ended then, too.
+    ended: Option<Ended>,
+    cancelled: bool,
+    revoked: bool,
+    /// Started, and not removed.
+    there: bool,
+}
+
+/// How long a read waits for output. The contract says "some seconds"; a test has less.
+const WAIT: Duration = Duration::from_millis(200);
+
+impl FakeEngine {
+    /// As if the run had been started, also by another process.
+    pub fn begin(&self, run: &RunId) -> Handle {
+        self.change(run, |run| run.there = true);
+        Handle::new(format!("fake {run}"))
+    }
+
+    /// The builder writes.
+    pub fn write(&self, run: &RunId, output: &[u8]) {
+        self.change(run, |run| run.output.extend_from_slice(output));
+    }
+
+    /// The builder ends.
+    pub fn end(&self, run: &RunId, ended: Ended) {
+        self.change(run, |run| run.ended = Some(ended));
+    }
+
+    /// The run and its output vanish, as with the machine that they were on.
+    pub fn vanish(&self, run: &RunId) {
+        self.change(run, |run| run.there = false);
+    }
+
+    /// Whether somebody asked that the run end.
+    pub fn is_cancelled(&self, run: &RunId) -> bool {
+        self.runs().get(run).is_some_and(|run| run.cancelled)
+    }
+
+    fn change(&self, run: &RunId, change: impl FnOnce(&mut Run)) {
+        change(self.runs().entry(run.clone()).or_default());
+        self.changed.send_replace(());
+    }
+
+    fn runs(&self) -> MutexGuard<'_, HashMap<RunId, Run>> {
+        self.runs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read_now(&self, run: &RunId, from: usize, max: usize) -> Result<Option<Output>, EngineError> {
+        let runs = self.runs();
+        let run = runs.get(run).filter(|run| run.there).ok_or(EngineError::Gone)?;
+        let rest = run.output.get(from..).unwrap_or_default();
+        let bytes = Bytes::copy_from_slice(rest.get(..max).unwrap_or(rest));
+        let end = run.ended.is_some() && bytes.len() == rest.len();
+        let something = end || !bytes.is_empty();
+        Ok(something.then(|| Output { bytes, from: at(from), end }))
+    }
+}
+
+fn at(position: usize) -> Cursor {
+    Cursor::new(position.to_string())
+}
+
+/// The beginning has the empty cursor.
+fn position(cursor: &Cursor) -> usize {
+    cursor.as_str().parse().unwrap_or(0)
+}
+
+#[async_trait]
+impl Engine for FakeEngine {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    async fn start(&self, spec: &RunSpec, _secrets: &RunSecrets) -> Result<Handle, EngineError> {
+        if self.runs().get(&spec.run).is_some_and(|run| run.revoked) {
+            return Err(EngineError::Revoked);
+        }
+        Ok(self.begin(&spec.run))
+    }
+
+    async fn observe(&self, run: &RunId) -> Result<Observed, EngineError> {
+        Ok(match self.runs().get(run).filter(|run| run.there) {
+            None => Observed::Absent,
+            Some(Run { ended: Some(ended), .. }) => Observed::Ended(ended.clone()),
+            Some(_) => Observed::Running(Handle::new(format!("fake {run}"))),
+        })
+    }
+
+    async fn ended(&self, run: &RunId, _handle: &Handle) -> Result<Ended, EngineError> {
+        let mut changed = self.changed.subscribe();
+        loop {
+            let ended = self.runs().get(run).ok_or(EngineError::Gone)?.ended.clone();
+            match ended {
+                Some(ended) => return Ok(ended),
+                // Fails only when the sender is gone, which `self` holds.
+                None => changed.changed().await.map_err(|_| EngineError::Gone)?,
+            }
+        }
+    }
+
+    async fn cancel(&self, run: &RunId) -> Result<(), EngineError> {
+        self.change(run, |run| run.cancelled = true);
+        Ok(())
+    }
+
+    async fn revoke(&self, run: &RunId) -> Result<(), EngineError> {
+        self.change(run, |run| run.revoked = true);
+        Ok(())
+    }
+
+    async fn remove(&self, run: &RunId) -> Result<(), EngineError> {
+        self.change(run, |run| run.there = false);
+        Ok(())
+    }
+
+    async fn read(&self, run: &RunId, from: &Cursor, max: usize) -> Result<Output, EngineError> {
+        let mut changed = self.changed.subscribe();
+        let from = position(from);
+        let read = async {
+            loop {
+                if let Some(output) = self.read_now(run, from, max)? {
+                    return Ok(output);
+                }
+                changed.changed().await.map_err(|_| EngineError::Gone)?;
+            }
+        };
+        match tokio::time::timeout(WAIT, read).await {
+            Ok(output) => output,
+            Err(_) => Ok(Output { bytes: Bytes::new(), from: at(from), end: false }),
+        }
+    }
+
+    fn advance(&self, from: &Cursor, bytes: &[u8]) -> Cursor {
+        at(position(from) + bytes.len())
+    }
+}

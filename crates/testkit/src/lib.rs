@@ -1,0 +1,11 @@
+//! What tests are made with: a real nats-server and a real registry per test, a wire that can be cut, and fakes for
+//! ports.
+
+pub mod engine;
+pub mod engine_conformance;
+pub mod installation;
+pub mod nats;
+pub mod records;
+pub mod registry;
+pub mod wire;
+pub mod workshop;
