@@ -40,6 +40,8 @@ struct Shared {
     bus: Bus,
     store: Store,
     role: String,
+    /// What the lease says: the role, and the life of the process group that it belongs to.
+    says: String,
     mine: Mutex<Mine>,
     live: watch::Sender<BTreeSet<InstanceId>>,
     released: CancellationToken,
@@ -55,8 +57,9 @@ struct Mine {
 }
 
 impl Holders {
-    /// Takes a lease for a new instance of `role`, and renews it until it is released.
-    pub async fn start(bus: &Bus, role: &str, tasks: &TaskTracker) -> Result<Self, BusError> {
+    /// Takes a lease for a new instance of `role`, and renews it until it is released. `life` names the process that
+    /// it lives and dies with, for [`Bus::end_leases`]; empty where nobody will know.
+    pub async fn start(bus: &Bus, role: &str, life: &str, tasks: &TaskTracker) -> Result<Self, BusError> {
         let store = bus
             .js
             .get_key_value(bucket::HOLDERS)
@@ -69,6 +72,7 @@ impl Holders {
                 bus: bus.clone(),
                 store,
                 role: role.to_owned(),
+                says: format!("{role} {life}"),
                 mine: Mutex::new(mine),
                 live: watch::Sender::new(BTreeSet::new()),
                 released: CancellationToken::new(),
@@ -169,7 +173,7 @@ impl Holders {
             return Err(BusError::Refused { operation: RENEW, detail: format!("{} has lapsed", before.instance) });
         }
         let message = PublishMessage::build()
-            .payload(self.shared.role.clone().into())
+            .payload(self.shared.says.clone().into())
             .expected_last_subject_sequence(before.revision)
             .ttl(LEASE);
         let published = self.shared.bus.js.send_publish(key(&before.instance), message).await;
@@ -191,7 +195,7 @@ impl Holders {
             Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => {
                 let last = self.shared.store.stream.get_last_raw_message_by_subject(&key(&before.instance)).await;
                 match last {
-                    Ok(last) if last.payload == self.shared.role.as_bytes() && last.headers.get("Nats-TTL").is_some() => {
+                    Ok(last) if last.payload == self.shared.says.as_bytes() && last.headers.get("Nats-TTL").is_some() => {
                         self.mine().revision = last.sequence;
                         Err(BusError::unavailable(RENEW, "an answer was lost"))
                     }
@@ -245,6 +249,23 @@ impl Holders {
 
     fn mine(&self) -> MutexGuard<'_, Mine> {
         self.shared.mine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Bus {
+    /// Ends the leases of a life that is known to be over, so that what it held may be taken over at once.
+    pub async fn end_leases(&self, life: &str) -> Result<(), BusError> {
+        let failed = |error: &dyn std::fmt::Display| BusError::unavailable("end the leases of a former life", error);
+        let store = self.js.get_key_value(bucket::HOLDERS).await.map_err(|error| failed(&error))?;
+        let mut keys = store.keys().await.map_err(|error| failed(&error))?;
+        while let Some(key) = keys.next().await {
+            let key = key.map_err(|error| failed(&error))?;
+            let says = store.get(key.as_str()).await.map_err(|error| failed(&error))?;
+            if says.is_some_and(|says| says.ends_with(format!(" {life}").as_bytes())) {
+                store.delete(key).await.map_err(|error| failed(&error))?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -8,6 +8,7 @@
 pub mod ask;
 pub mod connection;
 pub mod error;
+pub mod events;
 pub mod holders;
 pub mod journal;
 pub mod layout;

@@ -70,6 +70,9 @@ impl Server {
             .add(Q::subject())
             .await
             .map_err(|error| BusError::refused("add endpoint", error))?;
+        // Only once the server has the subscription can somebody ask. A flush doesn't wait for that; an answer to what was
+        // sent later does, also that nobody is there.
+        let _ = self.bus.client.request(self.bus.client.new_inbox(), bytes::Bytes::new()).await;
         let (stop, tasks, metrics) = (self.stop.clone(), self.tasks.clone(), self.metrics.clone());
         let (handler, free) = (Arc::new(handler), Arc::new(Semaphore::new(AT_ONCE)));
         self.tasks.spawn(async move {

@@ -10,5 +10,6 @@ pub mod header;
 pub mod orchestrator;
 pub mod question;
 pub mod resolver;
+pub mod schema;
 pub mod secrets;
 pub mod subject;

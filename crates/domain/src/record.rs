@@ -81,7 +81,7 @@ pub struct Record {
     /// Who joined, without the first; bounded.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub joined_by: Vec<String>,
-    /// The requests that were answered with this build; bounded.
+    /// The requests that were answered with this build, the one that made it first; bounded.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub requests: Vec<String>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]

@@ -99,7 +99,9 @@ impl From<&RunSecrets> for SecretsFile {
 
 impl From<SecretsFile> for RunSecrets {
     fn from(file: SecretsFile) -> Self {
-        let hidden = |map: BTreeMap<String, String>| map.into_iter().map(|(name, value)| (name, value.into())).collect();
+        let hidden = |map: BTreeMap<String, String>| {
+            map.into_iter().map(|(name, value)| (name, value.into())).collect()
+        };
         Self {
             git_username: file.git_username,
             git_password: file.git_password.map(SecretString::from),

@@ -148,7 +148,8 @@ pub fn apply(before: Option<&Record>, change: &Change) -> Result<Record, Illegal
             if !request.is_empty() && !before.requests.contains(request) {
                 after.requests.push(request.clone());
                 if after.requests.len() > limits::REQUESTS {
-                    after.requests.remove(0);
+                    // Never the first: it is the one that made the build.
+                    after.requests.remove(1);
                 }
             }
         }

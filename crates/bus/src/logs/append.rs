@@ -130,7 +130,10 @@ impl LogWriter {
 
     fn headers(&self, source: &Source, complete: bool) -> Result<HeaderMap, BusError> {
         let cursor = source.to_header().ok_or_else(|| {
-            BusError::malformed(APPEND, format_args!("the engine's cursor {:?} can't be a header", source.cursor.as_str()))
+            BusError::malformed(
+                APPEND,
+                format_args!("the engine's cursor {:?} can't be a header", source.cursor.as_str()),
+            )
         })?;
         let mut headers = HeaderMap::new();
         headers.insert(header::LOG_WRITER, self.writer.as_str());

@@ -90,7 +90,6 @@ impl Shared {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Builds that are followed in this process, and so its subscriptions.
     fn forget(&self, id: &BuildId) {
         let mut all = self.live();
         // Another may have taken its place already.
@@ -150,7 +149,9 @@ impl Feed {
             if let Ok(Some(tail)) = (Logs { shared }).tail(&id).await
                 && tail.sequence > last
             {
-                self.told.send_if_modified(|told| tail.sequence > std::mem::replace(told, tail.sequence.max(*told)));
+                self.told.send_if_modified(|told| {
+                    tail.sequence > std::mem::replace(told, tail.sequence.max(*told))
+                });
             }
         }
     }

@@ -36,7 +36,9 @@ const ANSWER: Duration = Duration::from_secs(5);
 impl LogMessage {
     /// A message as it lies in the stream.
     pub(super) fn stored(sequence: u64, headers: &HeaderMap, bytes: Bytes) -> Result<Self, BusError> {
-        let wrong = |what| BusError::malformed(READ, format_args!("message {sequence} of the stream has no valid `{what}`"));
+        let wrong = |what| {
+            BusError::malformed(READ, format_args!("message {sequence} of the stream has no valid `{what}`"))
+        };
         let text = |name| headers.get(name).map(async_nats::HeaderValue::as_str);
         let number = |name| text(name).and_then(|text| text.parse::<u64>().ok());
         let offset = number(header::LOG_OFFSET).ok_or_else(|| wrong(header::LOG_OFFSET))?;
@@ -48,14 +50,20 @@ impl LogMessage {
             .ok_or_else(|| wrong(header::LOG_SOURCE_CURSOR))?;
         let complete = text(header::LOG_COMPLETE) == Some("true");
         let end = offset + bytes.len() as u64;
-        Ok(Self { sequence, previous: 0, meta: Arc::new(LogTail { sequence, end, writer, source, complete }), bytes })
+        Ok(Self {
+            sequence,
+            previous: 0,
+            meta: Arc::new(LogTail { sequence, end, writer, source, complete }),
+            bytes,
+        })
     }
 
     /// A message as the server sends it outside of an API answer.
     pub(super) fn sent(message: async_nats::Message) -> Result<Self, BusError> {
         let headers = message.headers.unwrap_or_default();
         let number = |name| headers.get(name).and_then(|text| text.as_str().parse::<u64>().ok());
-        let sequence = number(SEQUENCE).ok_or_else(|| BusError::malformed(READ, "a message without its sequence"))?;
+        let sequence =
+            number(SEQUENCE).ok_or_else(|| BusError::malformed(READ, "a message without its sequence"))?;
         let previous = number(LAST_SEQUENCE).unwrap_or(0);
         Ok(Self { previous, ..Self::stored(sequence, &headers, message.payload)? })
     }
@@ -101,9 +109,15 @@ struct BatchRequest<'a> {
 impl Logs {
     /// Up to `batch` messages of a log (some MiB at most), from sequence `from` on, from any replica: on a cluster the
     /// last ones may not be there yet.
-    pub(super) async fn fetch(&self, id: &BuildId, from: u64, batch: usize) -> Result<Vec<LogMessage>, BusError> {
+    pub(super) async fn fetch(
+        &self,
+        id: &BuildId,
+        from: u64,
+        batch: usize,
+    ) -> Result<Vec<LogMessage>, BusError> {
         const MAX_BYTES: usize = 1 << 20;
-        let _turn = self.shared.replays.acquire().await.map_err(|error| BusError::unavailable(READ, error))?;
+        let _turn =
+            self.shared.replays.acquire().await.map_err(|error| BusError::unavailable(READ, error))?;
         let subject = subject::log(id);
         let request = BatchRequest { seq: from, batch, max_bytes: MAX_BYTES, next_by_subj: &subject };
         let request = serde_json::to_vec(&request).map_err(|error| BusError::malformed(READ, error))?;
@@ -125,7 +139,9 @@ impl Logs {
                 None => messages.push(LogMessage::sent(answer)?),
                 // The batch ends; or there is nothing at all.
                 Some(204 | 404) => return Ok(messages),
-                Some(503) => return Err(BusError::unavailable(READ, "the stream is missing or has no replica")),
+                Some(503) => {
+                    return Err(BusError::unavailable(READ, "the stream is missing or has no replica"));
+                }
                 Some(status) => {
                     let told = answer.description.unwrap_or_default();
                     return Err(BusError::refused(READ, format_args!("direct get: {status} {told}")));

@@ -93,7 +93,9 @@ pub enum LogError {
 impl From<LogError> for Refusal {
     fn from(error: LogError) -> Self {
         match error {
-            LogError::Discarded { .. } | LogError::Beyond { .. } => Self::new(Code::OutOfRange, error.to_string()),
+            LogError::Discarded { .. } | LogError::Beyond { .. } => {
+                Self::new(Code::OutOfRange, error.to_string())
+            }
             LogError::NotFound { .. } => Self::new(Code::NotFound, error.to_string()),
             LogError::Bus(error) => error.into(),
         }

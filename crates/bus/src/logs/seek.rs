@@ -22,7 +22,9 @@ impl Logs {
         while high.saturating_sub(low) > 1 {
             let middle = low + (high - low) / 2;
             match self.message_at_or_after(id, middle).await? {
-                Some(message) if message.sequence < high && message.offset() <= offset => low = message.sequence,
+                Some(message) if message.sequence < high && message.offset() <= offset => {
+                    low = message.sequence
+                }
                 _ => high = middle,
             }
         }

@@ -26,9 +26,9 @@ async fn holders_see_each_other_and_a_release_at_once() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;
     let tasks = TaskTracker::new();
-    let first = Holders::start(&bus, "orchestrator", &tasks).await?;
-    let second = Holders::start(&connect(&server.url()).await?, "orchestrator", &tasks).await?;
-    let relay = Holders::start(&connect(&server.url()).await?, "log-relay", &tasks).await?;
+    let first = Holders::start(&bus, "orchestrator", "", &tasks).await?;
+    let second = Holders::start(&connect(&server.url()).await?, "orchestrator", "", &tasks).await?;
+    let relay = Holders::start(&connect(&server.url()).await?, "log-relay", "", &tasks).await?;
     let (me, other) = (first.me().unwrap(), second.me().unwrap());
     seen(&first, |live| live.len() == 2).await?;
     ensure!(first.live().contains(&other) && second.live().contains(&other));
@@ -47,10 +47,25 @@ async fn an_instance_id_is_never_used_twice() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;
     let tasks = TaskTracker::new();
-    let first = Holders::start(&bus, "orchestrator", &tasks).await?;
+    let first = Holders::start(&bus, "orchestrator", "", &tasks).await?;
     let before = first.me();
     first.release().await;
-    let second = Holders::start(&bus, "orchestrator", &tasks).await?;
+    let second = Holders::start(&bus, "orchestrator", "", &tasks).await?;
     ensure!(before != second.me());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_former_lifes_leases_end_at_once() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let tasks = TaskTracker::new();
+    let former = Holders::start(&bus, "orchestrator", "first", &tasks).await?.me().unwrap();
+    let other = Holders::start(&bus, "orchestrator", "other", &tasks).await?;
+    ensure!(!other.confirm_dead(&former).await?);
+    bus.end_leases("first").await?;
+    ensure!(other.confirm_dead(&former).await?);
+    let third = Holders::start(&bus, "orchestrator", "second", &tasks).await?;
+    ensure!(!third.confirm_dead(&other.me().unwrap()).await?, "another's stands");
     Ok(())
 }

@@ -29,8 +29,12 @@ async fn connect(url: &str) -> Result<Bus> {
 
 async fn provisioned(url: &str, replicas: usize) -> Result<Bus> {
     let bus = connect(url).await?;
-    let layout =
-        Layout { replicas, journal_max_bytes: 64 << 20, logs_max_bytes: 256 << 20, logs_max_age: Duration::from_secs(3600) };
+    let layout = Layout {
+        replicas,
+        journal_max_bytes: 64 << 20,
+        logs_max_bytes: 256 << 20,
+        logs_max_age: Duration::from_secs(3600),
+    };
     bus.provision(&layout).await?;
     Ok(bus)
 }
@@ -103,7 +107,8 @@ async fn one_of_two_writers_wins(bus: &Bus) -> Result<()> {
     for round in 0..20u64 {
         let tail = logs.tail(&id).await?;
         let (me, other) = (instance(2 * round), instance(2 * round + 1));
-        let (a, b) = tokio::join!(logs.claim(&id, &me, tail.as_ref()), logs.claim(&id, &other, tail.as_ref()));
+        let (a, b) =
+            tokio::join!(logs.claim(&id, &me, tail.as_ref()), logs.claim(&id, &other, tail.as_ref()));
         let (mut winner, who) = match (a, b) {
             (Ok(winner), Err(AppendError::Replaced { .. })) => (winner, 0),
             (Err(AppendError::Replaced { .. }), Ok(winner)) => (winner, 1),
@@ -171,7 +176,10 @@ async fn all_read_the_same(writing: &Bus, reading: &Bus) -> Result<()> {
             assert!(bytes == whole[usize::try_from(first)?..], "from {first}: {} bytes", bytes.len());
         }
         let (first, bytes, complete) = read(&logs, &id, Start::Tail(10), Until::Now).await?;
-        assert_eq!((first, bytes.as_slice(), complete), (whole.len() as u64 - 10, &whole[whole.len() - 10..], true));
+        assert_eq!(
+            (first, bytes.as_slice(), complete),
+            (whole.len() as u64 - 10, &whole[whole.len() - 10..], true)
+        );
         let (_, bytes, _) = read(&logs, &id, Start::Beginning, Until::Now).await?;
         assert!(bytes == whole);
     }
@@ -217,7 +225,8 @@ async fn a_read_is_resumed_at_any_offset() -> Result<()> {
             let chunk = chunk?;
             assert_eq!(chunk.offset, bytes.len() as u64);
             // A client that was cut off in the middle of a chunk.
-            let kept = if chunk.complete { chunk.bytes.len() } else { random.random_range(0..=chunk.bytes.len()) };
+            let kept =
+                if chunk.complete { chunk.bytes.len() } else { random.random_range(0..=chunk.bytes.len()) };
             bytes.extend_from_slice(&chunk.bytes[..kept]);
             if chunk.complete {
                 break 'whole;
@@ -390,7 +399,8 @@ async fn an_engines_cursor_must_fit_a_header() -> Result<()> {
     let (logs, id) = (Logs::new(&bus), build(1));
     let mut writer = logs.claim(&id, &instance(1), None).await?;
     for cursor in ["a\r\nb", " a", "ä"] {
-        let refused = writer.append("x".into(), Source { attempt: 1, cursor: Cursor::new(cursor) }, false).await;
+        let refused =
+            writer.append("x".into(), Source { attempt: 1, cursor: Cursor::new(cursor) }, false).await;
         assert!(matches!(refused, Err(AppendError::Bus(_))), "{cursor:?}");
     }
     let kept = Source { attempt: 2, cursor: Cursor::new("2026-11-24T00:00:00.1Z 3") };
