@@ -1,0 +1,14 @@
+//! `builder builder --run-dir DIR`: the builder by itself, for the tests of engines (`kiln builder` is the same).
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1);
+    match (arguments.next(), arguments.next(), arguments.next()) {
+        (Some(role), Some(flag), Some(run)) if role == "builder" && flag == "--run-dir" => {
+            kiln_builder::run(&PathBuf::from(run)).into()
+        }
+        _ => ExitCode::from(2),
+    }
+}

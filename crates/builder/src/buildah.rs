@@ -1,0 +1,250 @@
+//! buildah (Debian's 1.28): no daemon, its layers in a storage that all builds of the installation share.
+//!
+//! - `--pull-always`: the registry must give each base image to *this* build's credentials; a layer that another build
+//!   pulled with other credentials is never taken for granted, nor can a FROM name an image by its local id.
+//! - Registries, policy and credentials come from files of the run alone: the host's own configuration plays no part.
+//! - Build args are arguments (1.28 takes them in no file, and a name such as `LD_PRELOAD` must not get into buildah's own
+//!   environment). They are no secrets: they stand in the build's record.
+//! - Containers are marked by the run's own (empty) hooks folder, which buildah notes of each: so that those of a build
+//!   that was killed can be told from those of the builds beside it.
+
+mod failure;
+mod files;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use base64::Engine as _;
+use kiln_domain::failure::{Failure, FailureReason};
+use kiln_domain::reference::{Digest, ImageReference};
+use kiln_domain::run_folder::Settings;
+use secrecy::{ExposeSecret, SecretString};
+use tokio::process::Command;
+
+use crate::children::{Children, Show};
+use crate::folder::write_private;
+use crate::memory::Memory;
+use crate::tool::{BuildRequest, BuildTool, Built, ToolError};
+
+/// The longest argument that Linux takes.
+const ARGUMENT_BYTES: usize = 128 * 1024 - 1;
+
+/// buildah for one run.
+pub(crate) struct Buildah {
+    settings: Settings,
+    work: PathBuf,
+    children: Children,
+    secrets: BTreeMap<String, SecretString>,
+    no_cache: bool,
+}
+
+impl Buildah {
+    /// Writes what buildah reads into the work folder.
+    ///
+    /// `registries`: host → `username:password`; `plain_http`: those of the hosts that are spoken to without TLS.
+    pub(crate) fn new(
+        settings: &Settings,
+        work: &Path,
+        children: &Children,
+        registries: &BTreeMap<String, SecretString>,
+        plain_http: &[String],
+        secrets: &BTreeMap<String, SecretString>,
+    ) -> std::io::Result<Self> {
+        std::fs::create_dir_all(work.join("hooks"))?;
+        write_private(&work.join("auth.json"), files::credentials(registries).as_bytes())?;
+        std::fs::write(work.join("registries.conf"), files::registries(plain_http))?;
+        std::fs::write(work.join("policy.json"), files::POLICY)?;
+        let buildah = Self::of(settings, work, children);
+        std::fs::create_dir_all(buildah.root())?;
+        Ok(Self { secrets: secrets.clone(), ..buildah })
+    }
+
+    /// One that only clears what an earlier one left.
+    pub(crate) fn of(settings: &Settings, work: &Path, children: &Children) -> Self {
+        Self {
+            settings: settings.clone(),
+            work: work.to_owned(),
+            children: children.clone(),
+            secrets: BTreeMap::new(),
+            no_cache: false,
+        }
+    }
+
+    /// Sets whether the image is of use to later builds.
+    pub(crate) fn with_no_cache(self, no_cache: bool) -> Self {
+        Self { no_cache, ..self }
+    }
+
+    fn root(&self) -> PathBuf {
+        self.settings.storage.join("buildah/root")
+    }
+
+    /// Notes of mounts, which must not outlive the boot that they belong to.
+    fn run_root(&self) -> PathBuf {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        self.settings.storage.join("buildah").join(format!("run-{}", boot.trim()))
+    }
+
+    fn command(&self, verb: &str) -> Command {
+        let mut command = Children::command("buildah", &self.work);
+        command
+            .env("CONTAINERS_REGISTRIES_CONF", self.work.join("registries.conf"))
+            .arg("--root")
+            .arg(self.root())
+            .arg("--runroot")
+            .arg(self.run_root())
+            .arg("--storage-driver")
+            .arg(&self.settings.storage_driver)
+            .arg(verb);
+        command
+    }
+
+    /// A command that speaks to registries.
+    fn remote_command(&self, verb: &str) -> Command {
+        let mut command = self.command(verb);
+        command
+            .arg("--signature-policy")
+            .arg(self.work.join("policy.json"))
+            .arg("--authfile")
+            .arg(self.work.join("auth.json"))
+            .args(["--retry", "2", "--retry-delay", "1s"]);
+        command
+    }
+
+    fn build_command(&self, request: &BuildRequest) -> Result<Command, ToolError> {
+        let mut command = self.remote_command("build");
+        command
+            .args([
+                "--isolation",
+                &self.settings.isolation,
+                "--pull-always",
+                "--force-rm",
+                "--format",
+                "docker",
+            ])
+            .arg(if request.no_cache { "--no-cache" } else { "--layers" })
+            .arg("--hooks-dir")
+            .arg(self.work.join("hooks"))
+            .arg("--iidfile")
+            .arg(self.work.join("image-id"))
+            .arg("--file")
+            .arg(&request.dockerfile);
+        if let Some(platform) = &request.platform {
+            command.arg("--platform").arg(platform.to_string());
+        }
+        if !request.target.is_empty() {
+            command.arg("--target").arg(&request.target);
+        }
+        for (name, value) in &request.build_args {
+            let argument = format!("{name}={value}");
+            if argument.len() > ARGUMENT_BYTES {
+                return Err(ToolError::Failed(Failure::new(
+                    FailureReason::Dockerfile,
+                    format!(
+                        "build arg {name} is longer than the {ARGUMENT_BYTES} bytes that this build tool takes"
+                    ),
+                )));
+            }
+            command.arg("--build-arg").arg(argument);
+        }
+        for (id, content) in &self.secrets {
+            let file = self.secret_file(id, content).map_err(ToolError::Failed)?;
+            command.arg("--secret").arg(format!("id={id},src={}", file.display()));
+        }
+        command.arg("--").arg(&request.context);
+        Ok(command)
+    }
+
+    fn secret_file(&self, id: &str, content: &SecretString) -> Result<PathBuf, Failure> {
+        let refuse =
+            |problem: String| Failure::new(FailureReason::Internal, format!("secret `{id}` {problem}"));
+        if id.is_empty() || !id.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b)) {
+            return Err(refuse("has an id that is not letters, digits, '_', '.' and '-'".into()));
+        }
+        let bytes = base64::engine::general_purpose::STANDARD.decode(content.expose_secret());
+        let bytes = bytes.map_err(|_| refuse("is not base64".into()))?;
+        let file = self.work.join(format!("secret-{id}"));
+        write_private(&file, &bytes).map_err(|error| refuse(format!("cannot be written: {error}")))?;
+        Ok(file)
+    }
+
+    /// The containers that this run's builds left behind.
+    fn leftover_containers(&self) -> Vec<String> {
+        let folder = self.root().join(format!("{}-containers", self.settings.storage_driver));
+        let mark = self.work.join("hooks").display().to_string();
+        let marked = |folder: &Path| {
+            let description =
+                std::fs::read_to_string(folder.join("userdata/buildah.json")).unwrap_or_default();
+            description.contains(&mark)
+        };
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        let marked = entries.filter(|entry| marked(&entry.path()));
+        marked.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    }
+}
+
+#[async_trait]
+impl BuildTool for Buildah {
+    fn name(&self) -> &'static str {
+        "buildah"
+    }
+
+    async fn build(&self, request: &BuildRequest) -> Result<Built, ToolError> {
+        let output = self.children.output();
+        output.restart_steps();
+        let memory = Memory::new();
+        let ended = self.children.run(self.build_command(request)?, Show::Steps).await.map_err(cannot_run)?;
+        output.end_steps();
+        if !ended.status.success() {
+            let work = self.work.display().to_string();
+            return Err(failure::of_build(&ended, &work, output.last_step().as_ref(), memory.exhausted()));
+        }
+        let image = std::fs::read_to_string(self.work.join("image-id")).map_err(cannot_run)?;
+        Ok(Built { image: image.trim().to_owned() })
+    }
+
+    async fn push(&self, built: &Built, to: &ImageReference) -> Result<Digest, ToolError> {
+        let digest_file = self.work.join("pushed-digest");
+        let mut command = self.remote_command("push");
+        command
+            .arg("--digestfile")
+            .arg(&digest_file)
+            .arg("--")
+            .arg(&built.image)
+            .arg(format!("docker://{to}"));
+        let ended = self.children.run(command, Show::Output).await.map_err(cannot_run)?;
+        if !ended.status.success() {
+            return Err(failure::of_push(&ended, to));
+        }
+        let digest = std::fs::read_to_string(&digest_file).map_err(cannot_run)?;
+        digest.trim().parse().map_err(|error| cannot_run(std::io::Error::other(error)))
+    }
+
+    async fn digest(&self, image: &ImageReference) -> Option<Digest> {
+        let mut command = self.command("inspect");
+        command.args(["--type", "image", "--format", "{{.FromImageDigest}}", "--"]).arg(image.to_string());
+        let ended = self.children.run(command, Show::Nothing).await.ok()?;
+        ended.tail.trim().parse().ok()
+    }
+
+    async fn clear(&self, built: Option<&Built>) {
+        let containers = self.leftover_containers();
+        if !containers.is_empty() {
+            let mut command = self.command("rm");
+            command.args(containers);
+            // What stays costs space until this run's folder is removed, and is looked for again then.
+            let _ = self.children.run(command, Show::Nothing).await;
+        }
+        if let Some(built) = built.filter(|_| self.no_cache) {
+            let mut command = self.command("rmi");
+            command.arg(&built.image);
+            // It may serve another build at the moment.
+            let _ = self.children.run(command, Show::Nothing).await;
+        }
+    }
+}
+
+fn cannot_run(error: std::io::Error) -> ToolError {
+    ToolError::Failed(Failure::new(FailureReason::Internal, format!("cannot run buildah: {error}")))
+}

@@ -1,0 +1,250 @@
+//! What buildah's last words mean, and whose fault it was.
+
+use std::os::unix::process::ExitStatusExt;
+
+use kiln_domain::failure::{Failure, FailureReason};
+use kiln_domain::reference::ImageReference;
+use kiln_domain::step::Step;
+
+use crate::children::Finished;
+use crate::output::step_name;
+use crate::tool::ToolError;
+
+/// A build that failed. `work` is cut out of the message; `exhausted` names the memory limit if one was hit meanwhile.
+pub(super) fn of_build(
+    ended: &Finished,
+    work: &str,
+    step: Option<&Step>,
+    exhausted: Option<String>,
+) -> ToolError {
+    let error = last_error(&ended.tail)
+        .replace(&format!("{work}/source/"), "")
+        .replace(&format!("{work}/source"), ".");
+    let error = error.replace(work, "");
+    let failed = |reason, message: String| ToolError::Failed(Failure::new(reason, message));
+    let named = step.map_or_else(|| "the build".to_owned(), step_name);
+    if let Some(at_step) = error.strip_prefix("building at STEP ") {
+        // The step's own text comes first, and may say anything: an exit status is what stands last.
+        let code = at_step.rsplit_once("exit status ").and_then(|(_, code)| code.trim().parse::<i32>().ok());
+        let killed = code == Some(137) || at_step.ends_with("signal: killed");
+        let told = at_step.split_once("\": ").map_or(at_step, |(_, told)| told);
+        return match (code, exhausted) {
+            (_, Some(limit)) if killed => failed(
+                FailureReason::OutOfMemory,
+                format!("{named} was killed for its memory; what it ran into is {limit}"),
+            ),
+            (Some(code), _) => {
+                failed(FailureReason::Dockerfile, format!("{named} failed with exit code {code}"))
+            }
+            (None, _) if told.contains("no space left on device") => {
+                failed(FailureReason::Internal, format!("{named}: {told}"))
+            }
+            (None, _) => failed(FailureReason::Dockerfile, format!("{named} failed: {told}")),
+        };
+    }
+    if error.is_empty() {
+        return failed(FailureReason::Internal, ended_oddly(ended));
+    }
+    match of_registry(&error) {
+        Some(Registry::Missing) => {
+            failed(FailureReason::Dockerfile, format!("{named}: the image is not there: {error}"))
+        }
+        Some(Registry::Denied) => {
+            failed(FailureReason::RegistryDenied, format!("{named}: the image may not be pulled: {error}"))
+        }
+        Some(Registry::Refused) => {
+            ToolError::Refused(Failure::new(FailureReason::RegistryUnavailable, error))
+        }
+        Some(Registry::Unavailable) => failed(FailureReason::RegistryUnavailable, error),
+        None if is_dockerfile_error(&error) => {
+            failed(FailureReason::Dockerfile, format!("the Dockerfile cannot be built: {error}"))
+        }
+        None => failed(FailureReason::Internal, format!("buildah failed: {error}")),
+    }
+}
+
+/// A push that failed.
+pub(super) fn of_push(ended: &Finished, to: &ImageReference) -> ToolError {
+    let error = last_error(&ended.tail);
+    let told = if error.is_empty() { ended_oddly(ended) } else { error.clone() };
+    let failure = |reason| Failure::new(reason, format!("cannot push `{to}`: {told}"));
+    match of_registry(&error) {
+        Some(Registry::Denied) => ToolError::Failed(failure(FailureReason::RegistryDenied)),
+        Some(Registry::Refused) => ToolError::Refused(failure(FailureReason::RegistryUnavailable)),
+        Some(Registry::Unavailable) => ToolError::Failed(failure(FailureReason::RegistryUnavailable)),
+        Some(Registry::Missing) | None => ToolError::Failed(failure(FailureReason::Internal)),
+    }
+}
+
+enum Registry {
+    Missing,
+    Denied,
+    Refused,
+    Unavailable,
+}
+
+fn of_registry(error: &str) -> Option<Registry> {
+    let error = error.to_lowercase();
+    let any = |texts: &[&str]| texts.iter().any(|text| error.contains(text));
+    if any(&["manifest unknown", "name unknown", "repository name not known"]) {
+        Some(Registry::Missing)
+    } else if any(&[
+        "unauthorized",
+        "denied",
+        "authentication required",
+        "invalid username/password",
+        "forbidden",
+    ]) {
+        Some(Registry::Denied)
+    } else if any(&["connect: connection refused"]) {
+        Some(Registry::Refused)
+    } else if any(&[
+        "pinging container registry",
+        "toomanyrequests",
+        "too many requests",
+        "no such host",
+        "i/o timeout",
+        "deadline exceeded",
+        "connection reset",
+        "unexpected eof",
+        "received unexpected http status: 5",
+        "x509:",
+        "tls:",
+    ]) {
+        Some(Registry::Unavailable)
+    } else {
+        None
+    }
+}
+
+fn is_dockerfile_error(error: &str) -> bool {
+    [
+        "no FROM statement",
+        "no stages to build",
+        "no contents in",
+        "was not found in the provided Dockerfile",
+        "invalid reference format",
+        "nknown instruction",
+        "parse error",
+        "parsing",
+        "syntax error",
+        "no stage or image found",
+        "referred to by ID",
+        "short-name",
+        "requires",
+        "unknown flag",
+        "no matching",
+        "choosing an image from manifest list",
+    ]
+    .iter()
+    .any(|text| error.contains(text))
+}
+
+/// The last `Error: …` to the end, in one line.
+fn last_error(tail: &str) -> String {
+    let begin = tail.rfind("\nError: ").map(|at| at + 1).or_else(|| tail.starts_with("Error: ").then_some(0));
+    let error = begin
+        .and_then(|at| tail.get(at..))
+        .and_then(|error| error.strip_prefix("Error: "))
+        .unwrap_or_default();
+    error.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn ended_oddly(ended: &Finished) -> String {
+    match ended.status.signal() {
+        Some(signal) => format!("buildah was killed by signal {signal}"),
+        None => format!("buildah ended without a reason ({})", ended.status),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::ExitStatus;
+
+    use super::*;
+
+    #[test]
+    fn whose_fault_it_was() {
+        use FailureReason::{Dockerfile, Internal, OutOfMemory, RegistryDenied, RegistryUnavailable};
+        let step = Step {
+            number: 2,
+            of: 3,
+            name: "RUN make".into(),
+            started_at: jiff::Timestamp::UNIX_EPOCH,
+            duration_ms: None,
+            cached: false,
+        };
+        for (tail, exhausted, reason, part) in [
+            (
+                "out\nError: building at STEP \"RUN make\": exit status 9\n",
+                None,
+                Dockerfile,
+                "step 2/3 `RUN make` failed with exit code 9",
+            ),
+            (
+                "Error: building at STEP \"RUN x\": while running runtime: exit status 1",
+                None,
+                Dockerfile,
+                "exit code 1",
+            ),
+            ("Error: building at STEP \"RUN make\": exit status 137", Some("8 MiB"), OutOfMemory, "8 MiB"),
+            ("Error: building at STEP \"RUN make\": exit status 1", Some("8 MiB"), Dockerfile, "exit code 1"),
+            (
+                "Error: building at STEP \"RUN echo connect: connection refused\": exit status 3",
+                None,
+                Dockerfile,
+                "code 3",
+            ),
+            (
+                "Error: building at STEP \"COPY a b\": checking on sources under \"/w/source\": copier: stat: \"/a\": no such file or directory",
+                None,
+                Dockerfile,
+                "\"/a\": no such file",
+            ),
+            (
+                "Error: building at STEP \"COPY a b\": write /x: no space left on device",
+                None,
+                Internal,
+                "no space",
+            ),
+            ("Error: no FROM statement found", None, Dockerfile, "no FROM"),
+            ("Error: The target \"zz\" was not found in the provided Dockerfile", None, Dockerfile, "zz"),
+            (
+                "Error: creating build container: initializing source docker://h/x:1: reading manifest 1 in h/x: manifest unknown: manifest unknown",
+                None,
+                Dockerfile,
+                "not there",
+            ),
+            (
+                "Error: creating build container: initializing source docker://h/x:1: reading manifest 1 in h/x: unauthorized: authentication required",
+                None,
+                RegistryDenied,
+                "may not be pulled",
+            ),
+            (
+                "Error: creating build container: pinging container registry h: dial tcp: lookup h: no such host",
+                None,
+                RegistryUnavailable,
+                "no such host",
+            ),
+            ("", None, Internal, "signal 9"),
+        ] {
+            let ended = Finished { status: ExitStatus::from_raw(9), tail: tail.into() };
+            let failure = of_build(&ended, "/w", Some(&step), exhausted.map(str::to_owned)).into_failure();
+            assert_eq!(failure.reason, reason, "{tail}: {failure}");
+            assert!(failure.message.contains(part) && !failure.message.contains("/w"), "{failure}");
+        }
+    }
+
+    #[test]
+    fn only_refused_connections_are_worth_another_try() {
+        let ended =
+            |text: &str| Finished { status: ExitStatus::from_raw(256), tail: format!("Error: {text}") };
+        let to = "127.0.0.1:1/x:y".parse().unwrap();
+        assert!(matches!(
+            of_push(&ended("dial tcp 127.0.0.1:1: connect: connection refused"), &to),
+            ToolError::Refused(_)
+        ));
+        assert!(matches!(of_push(&ended("unauthorized: no"), &to), ToolError::Failed(_)));
+    }
+}

@@ -1,0 +1,175 @@
+//! The work of a run, from its spec to the image at the target.
+
+use std::path::Path;
+
+use kiln_domain::failure::{Failure, FailureReason};
+use kiln_domain::limits;
+use kiln_domain::reference::{Digest, ImageReference};
+use kiln_domain::run::{Base, Findings, RunSpec, Work};
+use kiln_domain::source::DockerfileSource;
+use tokio::time::{Duration, Instant, sleep};
+
+use crate::buildah::Buildah;
+use crate::children::Children;
+use crate::context;
+use crate::dockerfile::{self, From};
+use crate::folder::{Folder, Task};
+use crate::target::{PATIENCE, Target};
+use crate::tool::{BuildRequest, BuildTool, Built, ToolError};
+
+/// How soon a registry that refuses connections is asked again.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// A run at work.
+pub(crate) struct Job<'a> {
+    pub(crate) folder: &'a Folder,
+    pub(crate) task: &'a Task,
+    pub(crate) children: &'a Children,
+    pub(crate) deadline: Instant,
+}
+
+/// What is known of a job that hasn't come to its end.
+#[derive(Default)]
+pub(crate) struct Progress {
+    pub(crate) findings: Findings,
+    /// The build tool that was at work, and what it had made: to be cleared after it.
+    pub(crate) tool: Option<Box<dyn BuildTool>>,
+    pub(crate) built: Option<Built>,
+}
+
+impl Job<'_> {
+    /// Makes the target, and tells its digest.
+    pub(crate) async fn run(&self, progress: &mut Progress) -> Result<Digest, Failure> {
+        let Task { spec, secrets, .. } = self.task;
+        let target = Target::new(self.folder, spec, secrets, self.deadline)?;
+        match &spec.work {
+            Work::Copy { from, platform } => {
+                let digest = from.digest();
+                let digest = if digest.is_some() { digest } else { target.digest(from).await };
+                progress.findings.bases = vec![Base { reference: limited(from.to_string()), digest }];
+                self.say(&format!("copying {from} to {}", spec.target_ref));
+                target.copy(from, platform).await
+            }
+            Work::Build { source, commit, base_ref } => {
+                source
+                    .check(spec.file_remotes)
+                    .map_err(|error| Failure::new(FailureReason::Context, error.to_string()))?;
+                let work = self.folder.make_work().map_err(|error| no_room("the work folder", &error))?;
+                let pushed = self.build(source, commit, base_ref, &work, progress).await?;
+                self.say(&format!("copying {base_ref} to {}", spec.target_ref));
+                let platform = source.platform.clone().unwrap_or_default();
+                let digest = target.copy(&base_ref.pinned(&pushed), &platform).await?;
+                self.find_digests(progress).await;
+                Ok(digest)
+            }
+        }
+    }
+
+    /// Executes the Dockerfile and pushes the result; its digest.
+    async fn build(
+        &self,
+        source: &DockerfileSource,
+        commit: &str,
+        base_ref: &ImageReference,
+        work: &Path,
+        progress: &mut Progress,
+    ) -> Result<Digest, Failure> {
+        let Task { spec, secrets, settings } = self.task;
+        self.say(&format!("fetching {} at {commit}", source.remote_uri));
+        let context = context::fetch(source, commit, secrets, work, self.children).await?;
+        let text = std::fs::read(&context.dockerfile).map_err(|error| no_room("the Dockerfile", &error))?;
+        let froms = dockerfile::froms(&String::from_utf8_lossy(&text), &source.build_args);
+        progress.findings.bases = froms.iter().take(limits::BASES).map(base).collect();
+
+        let mentioned =
+            froms.iter().filter_map(|from| from.reference.as_ref()).chain([base_ref, &spec.target_ref]);
+        let plain: Vec<String> = mentioned
+            .map(ImageReference::registry)
+            .filter(|host| is_plain(spec, host))
+            .map(str::to_owned)
+            .collect();
+        let tool = Buildah::new(settings, work, self.children, &secrets.registries, &plain, &secrets.mounts)
+            .map_err(|error| no_room("the build tool's files", &error))?
+            .with_no_cache(spec.no_cache);
+        progress.findings.build_tool = tool.name().into();
+        let tool = progress.tool.insert(Box::new(tool));
+
+        let request = BuildRequest {
+            dockerfile: context.dockerfile,
+            context: context.folder,
+            build_args: source.build_args.clone(),
+            target: source.target.clone(),
+            no_cache: spec.no_cache,
+            platform: source.platform.clone(),
+        };
+        let since = Instant::now();
+        let built = loop {
+            match tool.build(&request).await {
+                Ok(built) => break built,
+                Err(error) => self.wait(error, since, spec.target_ref.registry()).await?,
+            }
+        };
+        let built = progress.built.insert(built);
+        self.say(&format!("pushing {base_ref}"));
+        loop {
+            match tool.push(built, base_ref).await {
+                Ok(digest) => return Ok(digest),
+                Err(error) => self.wait(error, since, base_ref.registry()).await?,
+            }
+        }
+    }
+
+    /// Waits until it is time to ask again a registry that refused; the failure, if it is not to be asked again. On the
+    /// registry that is pushed to it insists until the run's deadline.
+    async fn wait(&self, error: ToolError, since: Instant, pushed_to: &str) -> Result<(), Failure> {
+        match error {
+            ToolError::Refused(failure)
+                if failure.message.contains(pushed_to) || since.elapsed() < PATIENCE =>
+            {
+                self.say("a registry refuses connections; asking again");
+                sleep(AGAIN).await;
+                Ok(())
+            }
+            other => Err(other.into_failure()),
+        }
+    }
+
+    async fn find_digests(&self, progress: &mut Progress) {
+        let Some(tool) = &progress.tool else { return };
+        for base in progress.findings.bases.iter_mut().filter(|base| base.digest.is_none()) {
+            if let Ok(reference) = base.reference.parse() {
+                base.digest = tool.digest(&reference).await;
+            }
+        }
+    }
+
+    fn say(&self, line: &str) {
+        self.children.output().say(line);
+    }
+}
+
+fn base(from: &From) -> Base {
+    Base {
+        reference: limited(from.text.clone()),
+        digest: from.reference.as_ref().and_then(ImageReference::digest),
+    }
+}
+
+fn limited(name: String) -> String {
+    limits::truncated(name, limits::NAME_BYTES)
+}
+
+/// A registry that is spoken to without TLS: named in the spec (with or without its port), or this host itself.
+fn is_plain(spec: &RunSpec, host: &str) -> bool {
+    let bare = host.rsplit_once(':').map_or(host, |(bare, _)| bare);
+    let loopback = bare == "localhost"
+        || bare
+            .trim_matches(['[', ']'])
+            .parse::<std::net::IpAddr>()
+            .is_ok_and(|address| address.is_loopback());
+    loopback || spec.plain_http.iter().any(|plain| plain == host || plain == bare)
+}
+
+fn no_room(what: &str, error: &std::io::Error) -> Failure {
+    Failure::new(FailureReason::Internal, format!("cannot make {what}: {error}"))
+}

@@ -1,0 +1,198 @@
+//! What runs inside a run: fetches the context, executes the Dockerfile, pushes, makes the target, leaves an outcome.
+//!
+//! - **I am asked** by a run's folder ([`kiln_domain::run_folder`]): a spec and secrets in it; `cancel` and `revoked`
+//!   appear in it while I work.
+//! - **I ask** the git remote, the build tool and registries.
+//! - **I tell** by standard output (the build's log, unchanged), `target-digest` (before the target is PUT) and
+//!   `outcome.json` (whatever happened, as far as I live to tell).
+//! - **I never** go on without the run's lock, PUT the target of a revoked or cancelled run, or leave a process behind.
+//!
+//! A run that was cancelled (or whose builder got SIGTERM) has an outcome of reason INTERNAL that says so. That is for
+//! the reader of the folder: whether a build is *cancelled* is decided by the journal.
+
+mod buildah;
+mod children;
+mod context;
+mod dockerfile;
+mod folder;
+mod job;
+mod leftovers;
+mod lock;
+mod memory;
+mod output;
+mod stop;
+mod target;
+mod tool;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use kiln_domain::failure::{Failure, FailureReason};
+use kiln_domain::run::{Outcome, RunResult};
+use tokio::time::{Instant, timeout};
+
+pub use crate::tool::{BuildRequest, BuildTool, Built, ToolError};
+
+use crate::buildah::Buildah;
+use crate::children::Children;
+use crate::folder::{Folder, Task};
+use crate::job::{Job, Progress};
+use crate::lock::{LockError, RunLock};
+use crate::output::Output;
+use crate::stop::Stops;
+
+/// For what is cleared after a build.
+const CLEARING: Duration = Duration::from_secs(60);
+
+/// How a builder ended; the number is its exit status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// The image is at the target, the outcome says so.
+    Pushed = 0,
+    /// The outcome tells why not.
+    Failed = 1,
+    /// The run is over, or revoked: what an earlier builder left behind was removed, nothing else was done.
+    Over = 3,
+    /// Another builder has the run.
+    Held = 4,
+    /// There is no run to be worked on, or no way to tell what became of it.
+    Broken = 5,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// Works on the run in `run` to its end. Not to be called from within an async runtime: it brings its own, and it makes
+/// this process the leader of a session, the holder of the run's lock and the parent of all orphans of its children.
+///
+/// A run that is over already, or revoked, is only cleared of what an earlier builder may have left.
+pub fn run(run: &Path) -> Exit {
+    // Refused only to who leads a group of processes already, which serves as well.
+    let _ = rustix::process::setsid();
+    let output = Output::default();
+    let run = match run.canonicalize() {
+        Ok(run) => run,
+        Err(error) => return broken(&output, &format!("no run in `{}`: {error}", run.display())),
+    };
+    let _lock = match RunLock::take(&run) {
+        Ok(lock) => lock,
+        Err(LockError::Held) => return Exit::Held,
+        Err(LockError::Io(error)) => return broken(&output, &format!("cannot lock the run: {error}")),
+    };
+    let folder = Folder::new(&run);
+    let begun = folder.spec().map(|spec| {
+        let over = folder.is_revoked() || folder.has_outcome();
+        if !over {
+            output.say(&format!("building {} (attempt {})", spec.target_ref, spec.run.attempt()));
+        }
+        over
+    });
+    let over = match begun {
+        Ok(over) => over,
+        // Without a spec there is nothing to go on with; what is there can still be cleared.
+        Err(_) if folder.is_revoked() => true,
+        Err(error) => return broken(&output, &format!("no run to work on: {error}")),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => return broken(&output, &format!("cannot begin: {error}")),
+    };
+    if over { runtime.block_on(clear_old(&folder, output)) } else { runtime.block_on(work(&folder, output)) }
+}
+
+fn broken(output: &Output, problem: &str) -> Exit {
+    output.say(problem);
+    Exit::Broken
+}
+
+async fn work(folder: &Folder, output: Output) -> Exit {
+    let begun = Instant::now();
+    let prepared = folder.task().map_err(|error| describe(&error)).and_then(|task| {
+        let children = Children::new(output.clone()).map_err(|error| describe(&error))?;
+        Ok((task, children, Stops::new().map_err(|error| describe(&error))?))
+    });
+    let (task, children, mut stops) = match prepared {
+        Ok(prepared) => prepared,
+        Err(problem) => {
+            let failure =
+                Failure::new(FailureReason::Internal, format!("the builder cannot begin: {problem}"));
+            return leave(
+                folder,
+                &output,
+                &Outcome { result: RunResult::Failed(failure), findings: Default::default() },
+            );
+        }
+    };
+    let deadline = begun + task.spec.timeout();
+    let job = Job { folder, task: &task, children: &children, deadline };
+    let mut progress = Progress::default();
+    let ended = tokio::select! {
+        biased;
+        result = job.run(&mut progress) => Ok(result),
+        stop = stops.wait(folder, deadline, &output) => Err(stop),
+    };
+    children.end_all().await;
+    let steps = output.steps();
+    let result = match ended {
+        Ok(Ok(digest)) => RunResult::Pushed(digest),
+        Ok(Err(failure)) => RunResult::Failed(failure),
+        Err(stop) => RunResult::Failed(stop.failure(task.spec.timeout(), &steps)),
+    };
+    match &result {
+        RunResult::Pushed(digest) => output.say(&format!("done: {}@{digest}", task.spec.target_ref.name())),
+        RunResult::Failed(failure) => output.say(&format!("failed: {}", failure.message)),
+    }
+    progress.findings.steps = steps;
+    let outcome = Outcome { result, findings: std::mem::take(&mut progress.findings) };
+    let exit = leave(folder, &output, &outcome);
+    clear(folder, &task, &children, &progress).await;
+    // On a full disk there may be room for it only now.
+    if exit == Exit::Broken { leave(folder, &output, &outcome) } else { exit }
+}
+
+fn leave(folder: &Folder, output: &Output, outcome: &Outcome) -> Exit {
+    match (folder.write_outcome(outcome), &outcome.result) {
+        (Ok(()), RunResult::Pushed(_)) => Exit::Pushed,
+        (Ok(()), RunResult::Failed(_)) => Exit::Failed,
+        (Err(error), _) => broken(output, &format!("cannot write the outcome: {error}")),
+    }
+}
+
+async fn clear(folder: &Folder, task: &Task, children: &Children, progress: &Progress) {
+    let clearing = async {
+        match &progress.tool {
+            Some(tool) => tool.clear(progress.built.as_ref()).await,
+            None => Buildah::of(&task.settings, &folder.work(), children).clear(None).await,
+        }
+    };
+    let _ = timeout(CLEARING, clearing).await;
+    children.end_all().await;
+    if let Err(error) = leftovers::remove(folder) {
+        children.output().say(&format!("something is left in the run's folder: {error}"));
+    }
+}
+
+/// After a builder that could not clear up itself.
+async fn clear_old(folder: &Folder, output: Output) -> Exit {
+    let Ok(children) = Children::new(output.clone()) else { return Exit::Broken };
+    if let Ok(settings) = folder.settings()
+        && folder.work().exists()
+    {
+        let _ = timeout(CLEARING, Buildah::of(&settings, &folder.work(), &children).clear(None)).await;
+        children.end_all().await;
+    }
+    match leftovers::remove(folder) {
+        Ok(()) => Exit::Over,
+        Err(error) => broken(&output, &format!("something is left in the run's folder: {error}")),
+    }
+}
+
+fn describe(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

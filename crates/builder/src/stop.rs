@@ -1,0 +1,86 @@
+//! What makes a builder stop before its work is done.
+
+use std::time::Duration;
+
+use kiln_domain::failure::{Failure, FailureReason};
+use kiln_domain::step::Step;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::folder::Folder;
+use crate::output::{Output, spoken, step_name};
+
+/// How often the folder is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Why the work was stopped.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    Deadline,
+    Cancelled,
+    Revoked,
+    /// Asked to end by a signal.
+    Terminated,
+    /// The output can't be written any more.
+    Output(String),
+}
+
+/// Listens for what may stop a builder.
+pub(crate) struct Stops {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stops {
+    pub(crate) fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// Waits until the builder has to stop.
+    pub(crate) async fn wait(&mut self, folder: &Folder, deadline: Instant, output: &Output) -> Stop {
+        tokio::select! {
+            () = sleep_until(deadline) => Stop::Deadline,
+            stop = asked_in(folder) => stop,
+            _ = self.terminate.recv() => Stop::Terminated,
+            _ = self.interrupt.recv() => Stop::Terminated,
+            trouble = output.broken() => Stop::Output(trouble),
+        }
+    }
+}
+
+async fn asked_in(folder: &Folder) -> Stop {
+    loop {
+        if folder.is_revoked() {
+            return Stop::Revoked;
+        }
+        if folder.is_cancelled() {
+            return Stop::Cancelled;
+        }
+        sleep(LOOK).await;
+    }
+}
+
+impl Stop {
+    /// What is told of it. A cancelled or revoked build's failure is for the log only: the journal says what became of it.
+    pub(crate) fn failure(&self, timeout: Duration, steps: &[Step]) -> Failure {
+        match self {
+            Self::Deadline => {
+                let longest = steps.iter().max_by_key(|step| step.duration_ms);
+                let ran = longest.map(|step| {
+                    let took = spoken(Duration::from_millis(step.duration_ms.unwrap_or(0)));
+                    format!("; what ran longest: {} ({took})", step_name(step))
+                });
+                let message =
+                    format!("the build took longer than {}{}", spoken(timeout), ran.unwrap_or_default());
+                Failure::new(FailureReason::Timeout, message)
+            }
+            Self::Cancelled => Failure::new(FailureReason::Internal, "the build was cancelled"),
+            Self::Revoked => Failure::new(FailureReason::Internal, "the run was revoked"),
+            Self::Terminated => Failure::new(FailureReason::Internal, "the builder was told to end"),
+            Self::Output(trouble) => Failure::new(
+                FailureReason::Internal,
+                format!("the build's output cannot be written: {trouble}"),
+            ),
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! The seam between a run and what executes the Dockerfile.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use kiln_domain::failure::Failure;
+use kiln_domain::platform::Platform;
+use kiln_domain::reference::{Digest, ImageReference};
+
+/// What is to be built.
+#[derive(Clone, Debug)]
+pub struct BuildRequest {
+    pub dockerfile: PathBuf,
+    /// The context's folder.
+    pub context: PathBuf,
+    pub build_args: BTreeMap<String, String>,
+    /// The stage to build; empty for the last one.
+    pub target: String,
+    pub no_cache: bool,
+    pub platform: Option<Platform>,
+}
+
+/// An image that a build tool has made and keeps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Built {
+    /// The tool's own name for it.
+    pub image: String,
+}
+
+/// Why a build tool could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ToolError {
+    /// A registry refuses connections: it may help to try again.
+    #[error("{0}")]
+    Refused(Failure),
+    #[error("{0}")]
+    Failed(Failure),
+}
+
+impl ToolError {
+    /// What the user is told when it isn't tried again.
+    pub fn into_failure(self) -> Failure {
+        match self {
+            Self::Refused(failure) | Self::Failed(failure) => failure,
+        }
+    }
+}
+
+/// Executes a Dockerfile, and pushes what came out. One build at a time.
+#[async_trait]
+pub trait BuildTool: Send + Sync {
+    /// "buildah".
+    fn name(&self) -> &'static str;
+
+    /// Executes the Dockerfile; the steps go to the run's output.
+    async fn build(&self, request: &BuildRequest) -> Result<Built, ToolError>;
+
+    /// Pushes a built image, and gives the digest that it has in the registry.
+    async fn push(&self, built: &Built, to: &ImageReference) -> Result<Digest, ToolError>;
+
+    /// The digest that an image had when it was last pulled here, where that is known.
+    async fn digest(&self, image: &ImageReference) -> Option<Digest>;
+
+    /// Removes what a build left that is of no use any more: containers, mounts, an image that no later build can use.
+    /// Nothing of the run builds any more.
+    async fn clear(&self, built: Option<&Built>);
+}

@@ -1,0 +1,141 @@
+//! Builds that are stopped, and runs that must not go on.
+
+use anyhow::{Context as _, Result, ensure};
+use kiln_domain::failure::FailureReason::{Internal, Timeout};
+use kiln_domain::run::{RunSecrets, RunSpec};
+use kiln_domain::run_folder;
+use kiln_testkit::workshop::{Workshop, until};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::run::{Run, failed, pushed, run};
+
+const SLEEPS: &str = "FROM scratch\nCOPY busybox /bin/busybox\n\
+     RUN [\"/bin/busybox\", \"sh\", \"-c\", \"(/bin/busybox setsid /bin/busybox sleep 3600 &); echo it sleeps now; /bin/busybox sleep 3600\"]\n";
+
+async fn sleeping(workshop: &Workshop, change: impl FnOnce(&mut RunSpec)) -> Result<(Run, RunSpec)> {
+    let repository = workshop.repository(&[("Dockerfile", SLEEPS)], &["."])?;
+    let mut spec = workshop.build(&repository, |_| {})?;
+    change(&mut spec);
+    let mut run = Run::prepare(workshop, &spec, &RunSecrets::default())?;
+    run.start()?;
+    until("the step runs", || Ok(run.output().contains("\nit sleeps now"))).await?;
+    Ok((run, spec))
+}
+
+fn all_is_gone(workshop: &Workshop, spec: &RunSpec) -> Result<()> {
+    let processes = workshop.processes(&spec.run)?;
+    ensure!(processes.is_empty(), "still there: {processes:?}");
+    let left = workshop.left(&spec.run)?;
+    let left: Vec<_> = left
+        .into_iter()
+        .filter(|left| left.starts_with("container") || left.ends_with("/merged") || left.ends_with("/work"))
+        .collect();
+    ensure!(left.is_empty(), "left: {left:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn by_cancel_revocation_signal_or_deadline_with_all_children() -> Result<()> {
+    let workshop = Workshop::new().await?;
+    for (cause, reason, part) in [
+        ("cancel", Internal, "cancelled"),
+        ("revoked", Internal, "revoked"),
+        ("TERM", Internal, "told to end"),
+        ("deadline", Timeout, "took longer than 4.0 s; what ran longest: step 3/3 `RUN"),
+    ] {
+        let timeout_ms = if cause == "deadline" { 4_000 } else { 60_000 };
+        let (mut run, spec) = sleeping(&workshop, |spec| spec.timeout_ms = timeout_ms).await?;
+        match cause {
+            "cancel" => run.touch(run_folder::CANCEL)?,
+            "revoked" => run.touch(run_folder::REVOKED)?,
+            "TERM" => kill_process(run.pid().and_then(Pid::from_raw).context("no pid")?, Signal::TERM)?,
+            _ => {}
+        }
+        ensure!(run.wait()? == Some(1), "{cause}: {}", run.output());
+        let outcome = run.outcome()?;
+        let failure = failed(&outcome, reason)?;
+        ensure!(failure.message.contains(part), "{cause}: {failure}");
+        ensure!(outcome.findings.steps.len() == 3, "{cause}: {:?}", outcome.findings.steps);
+        ensure!(
+            workshop.pushed(&spec.target_ref).await?.is_none() && !run.has(run_folder::TARGET_DIGEST),
+            "{cause}: it pushed"
+        );
+        all_is_gone(&workshop, &spec).context(cause)?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_builder_left_is_removed_by_the_next() -> Result<()> {
+    let workshop = Workshop::new().await?;
+    let (mut first, spec) = sleeping(&workshop, |_| {}).await?;
+    kill_process(first.pid().and_then(Pid::from_raw).context("no pid")?, Signal::KILL)?;
+    ensure!(first.wait()?.is_none());
+    // Its children hold the run.
+    first.start()?;
+    ensure!(first.wait()? == Some(4), "{}", first.output());
+    for line in workshop.processes(&spec.run)? {
+        let pid = line.split(' ').next().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
+        let _ = kill_process(pid.context("no pid")?, Signal::KILL);
+    }
+    until("they are dead", || Ok(workshop.processes(&spec.run)?.is_empty())).await?;
+    ensure!(first.has(run_folder::WORK) && !first.has(run_folder::OUTCOME));
+    first.touch(run_folder::REVOKED)?;
+    first.start()?;
+    ensure!(first.wait()? == Some(3), "{}", first.output());
+    ensure!(!first.has(run_folder::SECRETS), "the secrets are left");
+    all_is_gone(&workshop, &spec)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_is_over_or_has_no_spec_is_not_worked_on() -> Result<()> {
+    let workshop = Workshop::new().await?;
+    let repository = workshop.repository(&[("Dockerfile", "FROM scratch\nCOPY Dockerfile /\n")], &[])?;
+    let spec = workshop.build(&repository, |_| {})?;
+    let mut revoked = Run::prepare(&workshop, &spec, &RunSecrets::default())?;
+    revoked.touch(run_folder::REVOKED)?;
+    revoked.start()?;
+    ensure!(revoked.wait()? == Some(3) && revoked.output().is_empty(), "{}", revoked.output());
+    ensure!(!revoked.has(run_folder::OUTCOME) && workshop.pushed(&spec.target_ref).await?.is_none());
+
+    let spec = workshop.build(&repository, |_| {})?;
+    let (outcome, output) = run(&workshop, &spec, &RunSecrets::default())?;
+    pushed(&outcome)?;
+    let mut again = Run::prepare(&workshop, &spec, &RunSecrets::default())?;
+    again.start()?;
+    ensure!(again.wait()? == Some(3) && again.output() == output, "it was built again: {}", again.output());
+
+    std::fs::remove_file(again.folder.join(run_folder::SPEC))?;
+    again.start()?;
+    ensure!(again.wait()? == Some(5), "{}", again.output());
+    Ok(())
+}
+
+/// The base image is pushed, and before the target is PUT the run is revoked: the target stays as it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revocation_before_the_put_is_seen() -> Result<()> {
+    let workshop = Workshop::new().await?;
+    let repository = workshop.repository(&[("Dockerfile", "FROM scratch\nCOPY Dockerfile /\n")], &[])?;
+    for name in [run_folder::REVOKED, run_folder::CANCEL] {
+        let spec = workshop.build(&repository, |_| {})?;
+        let mut run = Run::prepare(&workshop, &spec, &RunSecrets::default())?;
+        // Whoever has the push lock keeps the builder from its PUT, and its one thread from looking elsewhere.
+        let gate = std::fs::File::create(run.folder.join(run_folder::PUSH_LOCK))?;
+        rustix::fs::flock(&gate, rustix::fs::FlockOperation::LockExclusive)?;
+        run.start()?;
+        let waits = || {
+            Ok(std::fs::read_to_string("/proc/locks")?.contains("-> FLOCK")
+                && run.output().contains("copying"))
+        };
+        until("it waits for the push lock", waits).await?;
+        run.touch(name)?;
+        drop(gate);
+        ensure!(run.wait()? == Some(1), "{}", run.output());
+        failed(&run.outcome()?, Internal)?;
+        ensure!(
+            !run.has(run_folder::TARGET_DIGEST) && workshop.pushed(&spec.target_ref).await?.is_none(),
+            "it pushed"
+        );
+    }
+    Ok(())
+}
