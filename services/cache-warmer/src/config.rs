@@ -1,0 +1,79 @@
+//! What a cache-warmer may be told.
+
+use std::time::Duration;
+
+use kiln_domain::reference::ImageReference;
+use serde::{Deserialize, Serialize};
+
+/// Settings of the cache-warmer, as they stand in the configuration file.
+///
+/// The resolver gives a tag's answer for 30 s (its `tag_fresh_seconds`) without asking the registry. For a ref that is warm
+/// nobody waits for a registry as long as `keep_younger_than_seconds` is below that: it is asked every 24 s, by
+/// one HEAD as long as the tag isn't moved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The images to keep warm, for linux/amd64.
+    pub refs: Vec<String>,
+    /// How often each is looked at, which costs no question to its registry.
+    pub interval_seconds: u64,
+    /// An answer that would be older than this before the next look is refreshed.
+    pub keep_younger_than_seconds: u64,
+    /// How long a resolver may take to answer.
+    pub timeout_seconds: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { refs: Vec::new(), interval_seconds: 8, keep_younger_than_seconds: 28, timeout_seconds: 25 }
+    }
+}
+
+impl Config {
+    /// What is wrong with it, each by its key.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems: Vec<_> = self
+            .refs
+            .iter()
+            .enumerate()
+            .filter_map(|(at, text)| Some(format!("refs[{at}]: {}", text.parse::<ImageReference>().err()?)))
+            .collect();
+        if self.interval_seconds == 0 {
+            problems.push("interval_seconds: must be at least 1".into());
+        }
+        if self.keep_younger_than_seconds <= self.interval_seconds {
+            problems.push("keep_younger_than_seconds: must be above interval_seconds".into());
+        }
+        if self.timeout_seconds == 0 {
+            problems.push("timeout_seconds: must be at least 1".into());
+        }
+        problems
+    }
+
+    pub(crate) fn interval(&self) -> Duration {
+        Duration::from_secs(self.interval_seconds)
+    }
+
+    pub(crate) fn keep_younger_than(&self) -> Duration {
+        Duration::from_secs(self.keep_younger_than_seconds)
+    }
+
+    pub(crate) fn timeout(&self) -> Duration {
+        Duration::from_secs(self.timeout_seconds)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_problem_names_the_ref_by_its_place() {
+        assert_eq!(Config::default().problems(), Vec::<String>::new());
+        let refs = ["ubuntu:24.04", "UPPER/x"].map(str::to_owned).to_vec();
+        let config = Config { refs, keep_younger_than_seconds: 8, ..Config::default() };
+        let problems = config.problems();
+        assert!(problems[0].starts_with("refs[1]: cannot parse image ref `UPPER/x`"), "{problems:?}");
+        assert!(problems[1].starts_with("keep_younger_than_seconds: "), "{problems:?}");
+    }
+}

@@ -1,0 +1,34 @@
+//! What a cache-warmer counts, for each image of its list.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub(crate) struct Image {
+    pub(crate) reference: String,
+}
+
+#[derive(Clone)]
+pub(crate) struct Metrics {
+    pub(crate) age: Family<Image, Gauge<f64, AtomicU64>>,
+    pub(crate) refreshed: Family<Image, Counter>,
+    pub(crate) failed: Family<Image, Counter>,
+}
+
+impl Metrics {
+    pub(crate) fn register(registry: &mut Registry) -> Self {
+        let metrics =
+            Self { age: Family::default(), refreshed: Family::default(), failed: Family::default() };
+        let age = "Age of the resolver's answer, at the last look";
+        registry.register_with_unit("cache_warmer_age", age, Unit::Seconds, metrics.age.clone());
+        registry.register("cache_warmer_refreshed", "Answers refreshed", metrics.refreshed.clone());
+        let failed = "Looks that found no answer, or a stale one";
+        registry.register("cache_warmer_failed", failed, metrics.failed.clone());
+        metrics
+    }
+}

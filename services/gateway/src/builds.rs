@@ -1,0 +1,339 @@
+//! `kiln.v1.Builds`: each call becomes a question, a read of the view, or a read of the log.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt as _};
+use kiln_bus::Bus;
+use kiln_bus::journal::{Entry, Journal};
+use kiln_bus::logs::{LogError, Logs, Start, Until};
+use kiln_bus::seal::SealKey;
+use kiln_bus::view::View;
+use kiln_contract::orchestrator as ask;
+use kiln_contract::resolver::ResolveImage;
+use kiln_contract::secrets::Secrets;
+use kiln_domain::id::BuildId;
+use kiln_domain::platform::Platform;
+use kiln_domain::record::State;
+use kiln_domain::reference::ImageReference;
+use kiln_domain::source::check_text;
+use kiln_proto::kiln_v1 as api;
+use kiln_proto::kiln_v1::builds_server::Builds;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status};
+
+use crate::config::Config;
+use crate::list::Query;
+use crate::rpc::Metrics;
+use crate::steps::Steps;
+use crate::{convert, request, status};
+
+/// How long a question that asks a registry or git remote may take; one that doesn't answers in milliseconds.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a call waits until the gateway's own view has what the answer says.
+const OWN_VIEW: Duration = Duration::from_secs(1);
+
+/// The service behind `kiln.v1.Builds`.
+pub(crate) struct BuildsApi {
+    pub(crate) config: Config,
+    pub(crate) bus: Bus,
+    pub(crate) view: View,
+    pub(crate) logs: Logs,
+    pub(crate) steps: Steps,
+    pub(crate) journal: Journal,
+    pub(crate) seal_key: SealKey,
+    pub(crate) metrics: Metrics,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) stop: CancellationToken,
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Builds for BuildsApi {
+    type WatchBuildStream = Answers<api::Build>;
+    type BuildLogsStream = Answers<api::LogChunk>;
+
+    async fn build_image(
+        &self,
+        request: Request<api::BuildImageRequest>,
+    ) -> Result<Response<api::BuildImageResponse>, Status> {
+        self.metrics.call("BuildImage", request, |request| self.build(request)).await
+    }
+
+    async fn build_status(&self, request: Request<api::BuildStatusRequest>) -> Result<Response<api::Build>, Status> {
+        self.metrics
+            .call("BuildStatus", request, async |request| {
+                let entry = self.entry(&request::build_id(&request.id)?).await?;
+                Ok(self.shown(&entry).await)
+            })
+            .await
+    }
+
+    async fn watch_build(
+        &self,
+        request: Request<api::WatchBuildRequest>,
+    ) -> Result<Response<Self::WatchBuildStream>, Status> {
+        self.metrics
+            .call("WatchBuild", request, async |request| {
+                let entry = self.entry(&request::build_id(&request.id)?).await?;
+                Ok(self.watch(entry).await)
+            })
+            .await
+    }
+
+    async fn build_logs(
+        &self,
+        request: Request<api::BuildLogsRequest>,
+    ) -> Result<Response<Self::BuildLogsStream>, Status> {
+        self.metrics.call("BuildLogs", request, |request| self.log(request)).await
+    }
+
+    async fn list_builds(
+        &self,
+        request: Request<api::ListBuildsRequest>,
+    ) -> Result<Response<api::ListBuildsResponse>, Status> {
+        self.metrics
+            .call("ListBuilds", request, async |request| {
+                let query = Query::new(request)?;
+                let mut found = self.view.newest(query.before, |entry| query.wants(entry), query.limit + 1);
+                let more = found.len() > query.limit;
+                found.truncate(query.limit);
+                let next_page_token = match found.last() {
+                    Some((place, _)) if more => query.token(*place),
+                    _ => String::new(),
+                };
+                let queue = queue(&self.view);
+                let builds =
+                    found.iter().map(|(_, entry)| convert::build(entry, ahead(&queue, entry), None)).collect();
+                Ok(api::ListBuildsResponse { builds, next_page_token })
+            })
+            .await
+    }
+
+    async fn cancel_build(&self, request: Request<api::CancelBuildRequest>) -> Result<Response<api::Build>, Status> {
+        self.metrics
+            .call("CancelBuild", request, async |request| {
+                let id = request::build_id(&request.id)?;
+                check_text("reason", &request.reason).map_err(|error| Status::invalid_argument(error.to_string()))?;
+                let question = ask::Cancel { build_id: id.to_string(), reason: request.reason };
+                let answer = self.bus.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
+                self.build_of(answer).await
+            })
+            .await
+    }
+
+    async fn resolve_base_image(
+        &self,
+        request: Request<api::ResolveBaseImageRequest>,
+    ) -> Result<Response<api::ResolveBaseImageResponse>, Status> {
+        self.metrics
+            .call("ResolveBaseImage", request, async |request| {
+                let reference: ImageReference =
+                    request.r#ref.parse().map_err(|error| status::invalid("ref", error))?;
+                if !request.platform.is_empty() {
+                    request.platform.parse::<Platform>().map_err(|error| status::invalid("platform", error))?;
+                }
+                let secrets = Secrets { registry: request::registry_auth(request.auth)?, ..Secrets::default() };
+                let question = ResolveImage {
+                    reference: reference.to_string(),
+                    platform: request.platform,
+                    secrets: self.seal(&secrets)?,
+                    refresh: request.refresh,
+                };
+                let answer = self.bus.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
+                Ok(api::ResolveBaseImageResponse { r#ref: answer.reference, stale: answer.stale })
+            })
+            .await
+    }
+
+    async fn resolve_workspace_image(
+        &self,
+        request: Request<api::ResolveWorkspaceImageRequest>,
+    ) -> Result<Response<api::ResolveWorkspaceImageResponse>, Status> {
+        self.metrics
+            .call("ResolveWorkspaceImage", request, async |request| {
+                let (source, mut secrets) = request::source(request.source, self.config.file_remotes)?;
+                secrets.registry = request::registry_auth(request.auth)?;
+                let question = ask::WorkspaceImage {
+                    source: ask::source_to_json(&source).map_err(|error| status::of(&error))?,
+                    secrets: self.seal(&secrets)?,
+                };
+                let answer = self.bus.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
+                Ok(api::ResolveWorkspaceImageResponse {
+                    r#ref: answer.target_ref,
+                    base_ref: answer.base_ref,
+                    exists: answer.exists,
+                })
+            })
+            .await
+    }
+}
+
+impl BuildsApi {
+    async fn build(&self, request: api::BuildImageRequest) -> Result<api::BuildImageResponse, Status> {
+        request::check_build(&request)?;
+        let timeout_ms = request::timeout_ms(request.timeout)?;
+        let (source, mut secrets) = request::source(request.source, self.config.file_remotes)?;
+        secrets.registry = request::registry_auth(request.auth)?;
+        let question = ask::Build {
+            request_id: format!("{:032x}", rand::random::<u128>()),
+            source: ask::source_to_json(&source).map_err(|error| status::of(&error))?,
+            secrets: self.seal(&secrets)?,
+            force: request.force,
+            owner: request.owner,
+            timeout_ms,
+            labels: request.labels,
+            no_cache: request.no_cache,
+        };
+        let answer = self.bus.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
+        let outcome = match (answer.build, answer.already_built) {
+            (Some(build), _) => api::build_image_response::Outcome::Build(self.build_of(build).await?),
+            (None, Some(built)) => api::build_image_response::Outcome::AlreadyBuilt(api::AlreadyBuilt {
+                r#ref: built.target_ref,
+                base_ref: built.base_ref,
+                digest: built.digest,
+            }),
+            (None, None) => return Err(Status::internal("the orchestrator answered with neither build nor image")),
+        };
+        Ok(api::BuildImageResponse { outcome: Some(outcome), joined: answer.joined })
+    }
+
+    async fn log(&self, request: api::BuildLogsRequest) -> Result<Answers<api::LogChunk>, Status> {
+        let id = request::build_id(&request.id)?;
+        let build = self.find(&id).await?;
+        let start = match request.start {
+            None => Start::Beginning,
+            Some(api::build_logs_request::Start::Offset(offset)) => Start::Offset(offset),
+            Some(api::build_logs_request::Start::TailBytes(bytes)) => Start::Tail(bytes),
+        };
+        // A build that is unknown may still have its log: logs and records are kept for different times.
+        if build.is_none() && self.logs.tail(&id).await.map_err(status::of_bus)?.is_none() {
+            return Err(not_found(&id));
+        }
+        let over = CancellationToken::new();
+        let reading = over.clone().drop_guard();
+        let until = if request.follow { Until::Complete { over: over.clone() } } else { Until::Now };
+        if request.follow {
+            let view = self.view.clone();
+            let id = id.clone();
+            self.tasks.spawn(async move {
+                tokio::select! {
+                    // The reader is gone.
+                    () = over.cancelled() => {}
+                    () = ended(&view, &id) => over.cancel(),
+                }
+            });
+        }
+        let stop = self.stop.clone();
+        let chunks = self.logs.read(&id, start, until).map(move |chunk| {
+            let _ = &reading;
+            chunk.map_err(log_status).map(|chunk| api::LogChunk {
+                content: chunk.bytes.to_vec(),
+                offset: chunk.offset,
+                complete: chunk.complete,
+            })
+        });
+        Ok(Box::pin(until_stopped(chunks, stop)))
+    }
+
+    fn seal(&self, secrets: &Secrets) -> Result<Bytes, Status> {
+        kiln_bus::secrets::seal(&self.seal_key, secrets).map_err(|error| Status::internal(error.to_string()))
+    }
+
+    /// A build as an orchestrator answered it, once our own view knows it too.
+    async fn build_of(&self, answer: ask::RecordAt) -> Result<api::Build, Status> {
+        let record = answer.record().map_err(|error| status::of(&error))?;
+        self.view.reached(answer.revision, OWN_VIEW).await;
+        let known = self.view.get(&record.id).filter(|entry| entry.sequence >= answer.revision);
+        let entry = match known {
+            Some(entry) => (*entry).clone(),
+            None => Entry {
+                stored_at: record.queued_at.unwrap_or_default(),
+                record,
+                event: String::new(),
+                sequence: answer.revision,
+                event_id: String::new(),
+            },
+        };
+        Ok(self.shown(&entry).await)
+    }
+
+    /// A build's last event: from the view, or, before NOT_FOUND, from the journal's leader.
+    pub(crate) async fn entry(&self, id: &BuildId) -> Result<Entry, Status> {
+        self.find(id).await?.ok_or_else(|| not_found(id))
+    }
+
+    async fn find(&self, id: &BuildId) -> Result<Option<Entry>, Status> {
+        if let Some(entry) = self.view.get(id) {
+            return Ok(Some((*entry).clone()));
+        }
+        self.journal.last_of_build(id).await.map_err(status::of_bus)
+    }
+
+    /// A build with what the bus knows of it besides its record.
+    pub(crate) async fn shown(&self, entry: &Entry) -> api::Build {
+        let progress = match entry.record.state {
+            State::Running => self.steps.of(&entry.record.id).await,
+            _ => None,
+        };
+        convert::build(entry, ahead(&queue(&self.view), entry), progress.as_ref())
+    }
+}
+
+/// The builds that wait for their first start, the longest waiting first.
+pub(crate) fn queue(view: &View) -> Vec<BuildId> {
+    let active = view.active();
+    active.iter().filter(|e| e.record.state == State::Queued).map(|e| e.record.id.clone()).collect()
+}
+
+/// How many builds of the queue are ahead of a build.
+pub(crate) fn ahead(queue: &[BuildId], entry: &Entry) -> usize {
+    if entry.record.state != State::Queued {
+        return 0;
+    }
+    queue.iter().position(|id| *id == entry.record.id).unwrap_or(0)
+}
+
+/// Waits until a build is over, or is one that the view doesn't hold: only finished ones are.
+async fn ended(view: &View, id: &BuildId) {
+    let mut changes = view.changes();
+    while view.get(id).is_some_and(|entry| !entry.record.state.is_terminal()) {
+        // A lag only makes us look again.
+        if matches!(changes.recv().await, Err(tokio::sync::broadcast::error::RecvError::Closed)) {
+            return;
+        }
+    }
+}
+
+fn not_found(id: &BuildId) -> Status {
+    Status::not_found(format!("id: build {id} not found: it never was, or is past retention"))
+}
+
+fn log_status(error: LogError) -> Status {
+    status::of(&error.into())
+}
+
+/// Ends a stream with UNAVAILABLE when the gateway is to end: the client resumes at another.
+pub(crate) fn until_stopped<T: Send + 'static>(
+    stream: impl Stream<Item = Result<T, Status>> + Send + 'static,
+    stop: CancellationToken,
+) -> impl Stream<Item = Result<T, Status>> + Send + 'static {
+    let stopped = futures::stream::once(async move {
+        stop.cancelled().await;
+        Err(Status::unavailable("this gateway is shutting down; ask again from where you are"))
+    });
+    // The first error ends it, and so does the stream's own end.
+    let items = stream.map(Some).chain(futures::stream::once(async { None }));
+    let merged = futures::stream::select(items, stopped.map(Some));
+    let mut over = false;
+    merged
+        .take_while(move |item| {
+            let goes_on = !over && item.is_some();
+            over = over || matches!(item, Some(Err(_)));
+            futures::future::ready(goes_on)
+        })
+        .filter_map(futures::future::ready)
+}

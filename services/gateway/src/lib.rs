@@ -1,0 +1,129 @@
+//! The gateway: the public gRPC API. It only translates between gRPC and the bus.
+//!
+//! - *I am asked* by clients, over gRPC: to build, watch, list, cancel, resolve, and for logs.
+//! - *I ask* an orchestrator to build and cancel, a resolver to resolve; records and logs I read from the bus myself.
+//! - *I tell* nobody anything but my callers.
+//! - *I never* decide what becomes of a build, append to a stream, or speak to a registry, a git remote or an engine.
+
+mod builds;
+mod config;
+mod convert;
+mod list;
+mod request;
+mod rpc;
+mod status;
+mod steps;
+mod watch;
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use kiln_bus::Bus;
+use kiln_bus::journal::Journal;
+use kiln_bus::logs::Logs;
+use kiln_bus::seal::SealKey;
+use kiln_bus::view::View;
+use kiln_proto::kiln_v1::builds_server::BuildsServer;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::transport::server::TcpIncoming;
+
+use crate::builds::BuildsApi;
+pub use crate::config::Config;
+use crate::rpc::Metrics;
+use crate::steps::Steps;
+
+/// The role's name, of its connection.
+pub const ROLE: &str = "gateway";
+
+/// The largest message of the API, either way.
+const MESSAGE_BYTES: usize = 16 << 20;
+
+/// What a gateway is given.
+pub struct Parts {
+    pub bus: Bus,
+    pub seal_key: SealKey,
+    pub listener: TcpListener,
+    pub metrics: Registry,
+}
+
+/// Serves until `stop`; streams then end with UNAVAILABLE, at which a client resumes elsewhere. `ready` is called once
+/// the view has caught up and calls are answered, with what is counted.
+pub async fn run(
+    config: Config,
+    parts: Parts,
+    ready: impl FnOnce(Registry) + Send,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let Parts { bus, seal_key, listener, mut metrics } = parts;
+    let tasks = TaskTracker::new();
+    let ended = CancellationToken::new();
+    let view = View::start(&bus, &tasks, &ended);
+    let logs = Logs::new(&bus);
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(kiln_proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .context("gRPC reflection")?;
+    let api = BuildsApi {
+        config,
+        steps: Steps::start(&logs, &view, &tasks, &ended),
+        journal: Journal::open(&bus).await.context("open the journal")?,
+        logs,
+        bus: bus.clone(),
+        view: view.clone(),
+        seal_key,
+        metrics: Metrics::register(&mut metrics),
+        tasks: tasks.clone(),
+        stop: stop.clone(),
+    };
+    let builds = BuildsServer::new(api)
+        .max_decoding_message_size(MESSAGE_BYTES)
+        .max_encoding_message_size(MESSAGE_BYTES);
+
+    // Serving only while the bus can be reached and the view has caught up.
+    let watching = ended.clone();
+    let (watched_bus, watched_view) = (bus, view.clone());
+    tasks.spawn(async move {
+        let mut served = None;
+        while !watching.is_cancelled() {
+            let serving = watched_bus.is_connected() && watched_view.is_caught_up();
+            if served != Some(serving) {
+                served = Some(serving);
+                if serving {
+                    reporter.set_serving::<BuildsServer<BuildsApi>>().await;
+                    reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
+                } else {
+                    reporter.set_not_serving::<BuildsServer<BuildsApi>>().await;
+                    reporter.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+                }
+            }
+            tokio::select! {
+                () = watching.cancelled() => {}
+                () = tokio::time::sleep(Duration::from_millis(250)) => {}
+            }
+        }
+    });
+    view.caught_up().await;
+    ready(metrics);
+    let served = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(20)))
+        .max_connection_age_grace(Duration::from_secs(5))
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(builds)
+        .serve_with_incoming_shutdown(
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            stop.cancelled(),
+        )
+        .await
+        .context("serve gRPC");
+    ended.cancel();
+    tasks.close();
+    tasks.wait().await;
+    served
+}

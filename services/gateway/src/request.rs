@@ -1,0 +1,200 @@
+//! Checking what a client sends. Every error names the field as the API does.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use base64::Engine as _;
+use kiln_contract::secrets::{RegistryAuth, Secrets};
+use kiln_domain::id::BuildId;
+use kiln_domain::limits;
+use kiln_domain::platform::Platform;
+use kiln_domain::source::{DockerfileSource, Source, check_text};
+use kiln_proto::kiln_v1 as api;
+use tonic::Status;
+
+use crate::status::invalid;
+
+/// A build's id.
+pub(crate) fn build_id(id: &str) -> Result<BuildId, Status> {
+    id.parse().map_err(|error| invalid("id", error))
+}
+
+/// The source, and the git credentials that come with it.
+pub(crate) fn source(source: Option<api::Source>, file_remotes: bool) -> Result<(Source, Secrets), Status> {
+    let from = source.and_then(|source| source.from).ok_or_else(|| invalid("source", "build source is missing"))?;
+    match from {
+        api::source::From::Image(reference) => {
+            let reference = reference.parse().map_err(|error| invalid("source.image", error))?;
+            Ok((Source::Image(reference), Secrets::default()))
+        }
+        api::source::From::Dockerfile(dockerfile) => {
+            let git = dockerfile.git.ok_or_else(|| invalid("source.dockerfile.git", "is missing"))?;
+            let source = DockerfileSource {
+                remote_uri: git.remote_uri,
+                revision: git.revision,
+                path: dockerfile.path,
+                context_path: dockerfile.context_path,
+                version: dockerfile.version,
+                build_args: dockerfile.build_args.into_iter().collect(),
+                target: dockerfile.target,
+                platform: platform(&dockerfile.platforms)?,
+            };
+            source.check(file_remotes).map_err(|error| Status::invalid_argument(error.to_string()))?;
+            check_text("source.dockerfile.git.username", &git.username)
+                .map_err(|error| Status::invalid_argument(error.to_string()))?;
+            if git.password.len() > limits::REQUEST_BYTES || git.password.contains(['\0', '\n', '\r']) {
+                return Err(invalid("source.dockerfile.git.password", "is too long or contains a line end"));
+            }
+            if (!git.username.is_empty() || !git.password.is_empty()) && !source.remote_uri.starts_with("http") {
+                return Err(invalid("source.dockerfile.git.username", "credentials are for http and https remotes"));
+            }
+            let secrets =
+                Secrets { git_username: git.username, git_password: git.password, ..Secrets::default() };
+            Ok((Source::Dockerfile(source), secrets))
+        }
+    }
+}
+
+/// Only the default platform can be built yet; another is refused by name, never ignored.
+fn platform(platforms: &[String]) -> Result<Option<Platform>, Status> {
+    const FIELD: &str = "source.dockerfile.platforms";
+    match platforms {
+        [] => Ok(None),
+        [one] => {
+            let platform: Platform = one.parse().map_err(|error| invalid(FIELD, error))?;
+            if platform == Platform::default() {
+                Ok(None)
+            } else {
+                Err(invalid(FIELD, format!("{platform} is not supported by this installation, only {}", Platform::default())))
+            }
+        }
+        _ => Err(invalid(FIELD, "several platforms are not supported by this installation")),
+    }
+}
+
+/// Which registry credentials the request may use.
+pub(crate) fn registry_auth(auth: Option<api::RegistryAuth>) -> Result<RegistryAuth, Status> {
+    let auth = auth.unwrap_or_default();
+    let mut credentials = BTreeMap::new();
+    for (host, pair) in auth.credentials {
+        check_host("auth.credentials", &host)?;
+        let pair = base64::engine::general_purpose::STANDARD
+            .decode(pair)
+            .ok()
+            .and_then(|pair| String::from_utf8(pair).ok())
+            .filter(|pair| pair.contains(':') && !pair.contains(['\0', '\n', '\r']))
+            .ok_or_else(|| invalid("auth.credentials", format!("of {host} must be base64 of username:password")))?;
+        credentials.insert(host, pair);
+    }
+    for host in &auth.allowed_hosts {
+        check_host("auth.allowed_hosts", host)?;
+    }
+    Ok(RegistryAuth { allow_all: auth.allow_all, allowed_hosts: auth.allowed_hosts, credentials })
+}
+
+fn check_host(field: &str, host: &str) -> Result<(), Status> {
+    let fits = (1..=255).contains(&host.len())
+        && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:[]/".contains(&b));
+    if fits { Ok(()) } else { Err(invalid(field, "a key must be a registry's host[:port]")) }
+}
+
+/// Everything of a request to build that isn't its source, checked.
+pub(crate) fn check_build(request: &api::BuildImageRequest) -> Result<(), Status> {
+    if !request.secrets.is_empty() {
+        return Err(invalid("secrets", "build secrets are not supported by this installation's build tool"));
+    }
+    check_text("owner", &request.owner).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    for (key, value) in &request.labels {
+        let fits = !key.is_empty() && !key.chars().chain(value.chars()).any(char::is_control);
+        if !fits {
+            return Err(invalid("labels", "a key must not be empty, and no control character may stand in them"));
+        }
+    }
+    let sizes = |map: &mut dyn Iterator<Item = (&String, &String)>| map.map(|(k, v)| k.len() + v.len()).sum::<usize>();
+    let labels = sizes(&mut request.labels.iter());
+    let args = match request.source.as_ref().and_then(|source| source.from.as_ref()) {
+        Some(api::source::From::Dockerfile(dockerfile)) => sizes(&mut dockerfile.build_args.iter()),
+        _ => 0,
+    };
+    if labels + args > limits::REQUEST_BYTES {
+        let problem = format!("{} bytes with build_args, more than the {} allowed", labels + args, limits::REQUEST_BYTES);
+        return Err(invalid("labels", problem));
+    }
+    Ok(())
+}
+
+/// A timeout in milliseconds; 0 for the service's default.
+pub(crate) fn timeout_ms(timeout: Option<prost_types::Duration>) -> Result<u64, Status> {
+    let Some(timeout) = timeout else { return Ok(0) };
+    let timeout = Duration::try_from(timeout).map_err(|_| invalid("timeout", "must not be negative"))?;
+    if timeout.is_zero() || timeout > limits::LONGEST {
+        return Err(invalid("timeout", format!("must be above zero and at most {:?}", limits::LONGEST)));
+    }
+    Ok(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX).max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dockerfile(remote: &str) -> api::Source {
+        let git = api::GitContext { remote_uri: remote.into(), ..Default::default() };
+        let dockerfile = api::Dockerfile { git: Some(git), ..Default::default() };
+        api::Source { from: Some(api::source::From::Dockerfile(dockerfile)) }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let image = |text: &str| api::Source { from: Some(api::source::From::Image(text.into())) };
+        for (given, expected) in [
+            (None, "source: build source is missing"),
+            (Some(api::Source { from: None }), "source: build source is missing"),
+            (Some(image("UPPER/x")), "source.image: cannot parse image ref"),
+            (Some(image("a//b")), "source.image: cannot parse image ref"),
+            (Some(dockerfile("")), "source.dockerfile.git.remote_uri: is missing"),
+            (Some(dockerfile("--upload-pack=x")), "source.dockerfile.git.remote_uri: must be a URL"),
+            (Some(dockerfile("ext::sh -c x")), "source.dockerfile.git.remote_uri: must be a URL"),
+            (Some(dockerfile("file:///etc")), "source.dockerfile.git.remote_uri: file:// is not admitted"),
+        ] {
+            let status = source(given, false).unwrap_err();
+            assert_eq!(status.code(), tonic::Code::InvalidArgument);
+            assert!(status.message().starts_with(expected), "{}", status.message());
+        }
+        assert!(source(Some(dockerfile("file:///srv/x")), true).is_ok());
+    }
+
+    #[test]
+    fn fields_of_later_releases_are_refused_by_name() {
+        let secrets = [("id".to_owned(), b"x".to_vec())].into();
+        let request = api::BuildImageRequest { secrets, ..Default::default() };
+        assert!(check_build(&request).unwrap_err().message().starts_with("secrets: "));
+        assert!(platform(&["linux/arm64".into()]).unwrap_err().message().contains("linux/arm64"));
+        assert!(platform(&["linux/amd64".into(), "linux/arm64".into()]).is_err());
+        assert_eq!(platform(&["linux/amd64".into()]).unwrap(), None);
+    }
+
+    #[test]
+    fn limits_are_kept() {
+        let labels = [("k".to_owned(), "v".repeat(limits::REQUEST_BYTES))].into();
+        let request = api::BuildImageRequest { labels, ..Default::default() };
+        assert!(check_build(&request).unwrap_err().message().starts_with("labels: "));
+        for (seconds, nanos) in [(0, 0), (-1, 0), (86_401, 0)] {
+            assert!(timeout_ms(Some(prost_types::Duration { seconds, nanos })).is_err(), "{seconds}");
+        }
+        assert_eq!(timeout_ms(Some(prost_types::Duration { seconds: 1, nanos: 0 })).unwrap(), 1000);
+    }
+
+    #[test]
+    fn a_password_may_hold_a_colon_and_no_line_end() {
+        let auth = |pair: &str| api::RegistryAuth {
+            credentials: [("r.example:5000".to_owned(), base64::engine::general_purpose::STANDARD.encode(pair))].into(),
+            ..Default::default()
+        };
+        let taken = registry_auth(Some(auth("user:pass:word"))).unwrap();
+        assert_eq!(taken.credentials["r.example:5000"], "user:pass:word");
+        for pair in ["nothing", "u:p\nx"] {
+            let message = registry_auth(Some(auth(pair))).unwrap_err().message().to_owned();
+            assert!(message.starts_with("auth.credentials: ") && !message.contains(pair), "{message}");
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! Watching a build: its record now, then after every change, to the end.
+
+use std::pin::Pin;
+
+use futures::{Stream, StreamExt as _};
+use kiln_bus::journal::Entry;
+use kiln_contract::event::Progress;
+use kiln_domain::id::BuildId;
+use kiln_proto::kiln_v1 as api;
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
+use tonic::Status;
+
+use crate::builds::{BuildsApi, ahead, queue, until_stopped};
+use crate::convert;
+
+/// Where a watcher is.
+struct Watch {
+    view: kiln_bus::view::View,
+    changes: broadcast::Receiver<std::sync::Arc<Entry>>,
+    told: broadcast::Receiver<(BuildId, Progress)>,
+    /// The last event that was sent.
+    sent: Entry,
+    step: Option<Progress>,
+    over: bool,
+}
+
+impl BuildsApi {
+    pub(crate) async fn watch(
+        &self,
+        entry: Entry,
+    ) -> Pin<Box<dyn Stream<Item = Result<api::Build, Status>> + Send>> {
+        let changes = self.view.changes();
+        let told = self.steps.told();
+        let first = self.shown(&entry).await;
+        let over = entry.record.state.is_terminal();
+        let watch = Watch {
+            view: self.view.clone(),
+            changes,
+            told,
+            sent: entry,
+            step: None,
+            over,
+        };
+        let later = futures::stream::unfold(watch, async |mut watch| {
+            let build = watch.next().await?;
+            Some((Ok(build), watch))
+        });
+        let all = futures::stream::once(async { Ok(first) }).chain(later);
+        Box::pin(until_stopped(all, self.stop.clone()))
+    }
+}
+
+impl Watch {
+    async fn next(&mut self) -> Option<api::Build> {
+        if self.over {
+            return None;
+        }
+        loop {
+            let newer = self.view.get(&self.sent.record.id).filter(|entry| entry.sequence > self.sent.sequence);
+            if let Some(newer) = newer {
+                self.sent = (*newer).clone();
+                self.over = self.sent.record.state.is_terminal();
+                return Some(self.shown());
+            }
+            tokio::select! {
+                // A lag only makes us look at the view again; its end ends the watch.
+                change = self.changes.recv() => {
+                    if matches!(change, Err(RecvError::Closed)) {
+                        return None;
+                    }
+                }
+                told = self.told.recv() => match told {
+                    Ok((id, step)) if id == self.sent.record.id => {
+                        self.step = Some(step);
+                        return Some(self.shown());
+                    }
+                    // Of another build, or some were missed: the next will do.
+                    Ok(_) | Err(RecvError::Lagged(_)) => {}
+                    Err(RecvError::Closed) => return None,
+                },
+            }
+        }
+    }
+
+    fn shown(&self) -> api::Build {
+        let queue = queue(&self.view);
+        convert::build(&self.sent, ahead(&queue, &self.sent), self.step.as_ref())
+    }
+}

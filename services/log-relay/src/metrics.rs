@@ -1,0 +1,45 @@
+//! What a log-relay counts.
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+/// The log-relay's metrics; clones share them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Metrics {
+    pub(crate) writing: Gauge,
+    pub(crate) bytes: Counter,
+    pub(crate) chunks: Counter,
+    pub(crate) completed: Counter,
+    pub(crate) taken_over: Counter,
+    pub(crate) withheld: Counter,
+    pub(crate) limited: Counter,
+    pub(crate) unfinished: Counter,
+}
+
+impl Metrics {
+    pub(crate) fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        registry.register("logs_writing", "Logs that this relay writes now", metrics.writing.clone());
+        registry.register("log_bytes", "Bytes appended to logs", metrics.bytes.clone());
+        registry.register("log_chunks", "Messages appended to logs", metrics.chunks.clone());
+        registry.register("logs_completed", "Logs completed", metrics.completed.clone());
+        registry.register(
+            "logs_taken_over",
+            "Logs gone on with after another relay",
+            metrics.taken_over.clone(),
+        );
+        registry.register(
+            "logs_withheld",
+            "Logs withheld, as secrets could not be opened",
+            metrics.withheld.clone(),
+        );
+        registry.register("logs_limited", "Logs that reached their size limit", metrics.limited.clone());
+        registry.register(
+            "logs_unfinished",
+            "Outputs whose end could not be read",
+            metrics.unfinished.clone(),
+        );
+        metrics
+    }
+}

@@ -1,0 +1,138 @@
+//! Claiming: which builds this process acts on, and when it may try.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_bus::journal::{AppendError, Entry};
+use kiln_domain::id::{BuildId, InstanceId};
+use kiln_domain::rank::rank;
+use kiln_domain::record::Record;
+use kiln_domain::transition::Change;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::{Shared, holder, queue};
+
+/// Live orchestrators are ranked for each build: the first tries at once, each other this much later.
+const RANK_STEP: Duration = Duration::from_millis(20);
+/// Everything is looked at again this often, whatever was told.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// Claims builds and holds them until `stop`; then lets go of each.
+pub(crate) async fn keep(shared: &Arc<Shared>, stop: &CancellationToken) {
+    let mut claims = Claims { held: JoinSet::new(), names: HashMap::new(), free_since: HashMap::new() };
+    let mut changes = shared.view.changes();
+    let mut holders = shared.holders.changes();
+    loop {
+        let wake = claims.claim_what_may_be(shared, stop).await;
+        tokio::select! {
+            () = stop.cancelled() => break,
+            // A lag makes us look again, as does any change.
+            _ = changes.recv() => {}
+            _ = holders.changed() => {}
+            Some(ended) = claims.held.join_next_with_id() => claims.ended(ended),
+            () = tokio::time::sleep(wake) => {}
+        }
+    }
+    while let Some(ended) = claims.held.join_next_with_id().await {
+        claims.ended(ended);
+    }
+}
+
+struct Claims {
+    /// A task for each build that we hold.
+    held: JoinSet<()>,
+    names: HashMap<BuildId, tokio::task::Id>,
+    /// Since when we see a build that anybody may claim.
+    free_since: HashMap<BuildId, Instant>,
+}
+
+impl Claims {
+    fn ended(&mut self, ended: Result<(tokio::task::Id, ()), tokio::task::JoinError>) {
+        let task = match &ended {
+            Ok((task, ())) => *task,
+            Err(error) => {
+                tracing::error!("the task that held a build failed: {error}");
+                error.id()
+            }
+        };
+        self.names.retain(|_, id| *id != task);
+    }
+
+    /// Claims what it is our turn to; says when to look again at the latest.
+    async fn claim_what_may_be(&mut self, shared: &Arc<Shared>, stop: &CancellationToken) -> Duration {
+        let Some(me) = shared.holders.me().filter(|_| !stop.is_cancelled()) else { return SWEEP };
+        let active = shared.view.active();
+        let (claimed, free): (Vec<_>, Vec<_>) =
+            active.iter().partition(|entry| entry.record.claimed_by.as_ref().is_some_and(|by| shared.holders.is_live(by)));
+        shared.metrics.running.set(i64::try_from(self.names.len()).unwrap_or(i64::MAX));
+        shared.metrics.queued.set(
+            i64::try_from(active.iter().filter(|entry| entry.record.claims == 0).count()).unwrap_or(i64::MAX),
+        );
+        // Our own claim without a task: the append's answer was lost, or its task failed.
+        for entry in &claimed {
+            if entry.record.claimed_by.as_ref() == Some(&me) && !self.names.contains_key(&entry.record.id) {
+                self.hold(shared, Entry::clone(entry), stop);
+            }
+        }
+        self.free_since.retain(|id, _| free.iter().any(|entry| entry.record.id == *id));
+        let (queued, to_end_or_adopt): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) =
+            free.into_iter().filter(|entry| !self.names.contains_key(&entry.record.id)).partition(|e| needs_a_slot(&e.record));
+        let slots = shared.config.slots.saturating_sub(self.names.len());
+        let waiting: Vec<&Record> = queued.iter().map(|entry| &entry.record).collect();
+        let running: Vec<&Record> = claimed.iter().map(|entry| &entry.record).collect();
+        let turns = queue::next(&waiting, &running, slots, shared.config.max_running_per_owner);
+        let turns: Vec<_> = queued.iter().filter(|entry| turns.iter().any(|record| record.id == entry.record.id)).collect();
+
+        let live = shared.holders.live();
+        let now = Instant::now();
+        let mut wake = SWEEP;
+        for entry in to_end_or_adopt.iter().chain(turns) {
+            let id = &entry.record.id;
+            let steps = u32::try_from(rank(id.as_str(), &me, &live)).unwrap_or(u32::MAX);
+            let at = *self.free_since.entry(id.clone()).or_insert(now) + RANK_STEP.saturating_mul(steps);
+            if at > now {
+                wake = wake.min(at - now);
+            } else if let Some(claimed) = claim(shared, entry, &me).await {
+                self.hold(shared, claimed, stop);
+            }
+        }
+        wake
+    }
+
+    fn hold(&mut self, shared: &Arc<Shared>, entry: Entry, stop: &CancellationToken) {
+        let id = entry.record.id.clone();
+        let (shared, stop) = (shared.clone(), stop.clone());
+        let task = self.held.spawn(async move { holder::hold(&shared, entry, &stop).await });
+        self.names.insert(id, task.id());
+    }
+}
+
+/// Adopting a running builder, or ending a build, needs no free slot: only a start does.
+fn needs_a_slot(record: &Record) -> bool {
+    record.handle.is_none() && record.cancel.is_none()
+}
+
+async fn claim(shared: &Shared, entry: &Arc<Entry>, me: &InstanceId) -> Option<Entry> {
+    let id = &entry.record.id;
+    if let Some(last) = &entry.record.claimed_by {
+        match shared.holders.confirm_dead(last).await {
+            Ok(true) => tracing::info!(build.id = %id, "taking build `{id}` over from {last}, whose lease has ended"),
+            Ok(false) => return None,
+            Err(error) => {
+                tracing::warn!(build.id = %id, "build `{id}` can't be taken over from {last} now: {error}");
+                return None;
+            }
+        }
+    }
+    match shared.journal.append(Some(entry), &Change::Claimed { by: me.clone() }, me).await {
+        Ok(claimed) => Some(claimed),
+        Err(AppendError::Lost) => None,
+        Err(error) => {
+            tracing::warn!(build.id = %id, "build `{id}` could not be claimed: {error}");
+            None
+        }
+    }
+}

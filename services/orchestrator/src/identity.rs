@@ -1,0 +1,39 @@
+//! Which image a source makes.
+
+use bytes::Bytes;
+use kiln_contract::error::{Code, Refusal};
+use kiln_domain::hash;
+use kiln_domain::reference::ImageReference;
+use kiln_domain::source::Source;
+
+use crate::Shared;
+
+/// The image that a source makes.
+pub(crate) struct Identity {
+    pub(crate) base_ref: ImageReference,
+    pub(crate) target_ref: ImageReference,
+    /// Of a Dockerfile from git.
+    pub(crate) commit: Option<String>,
+}
+
+impl Shared {
+    /// Asks what the source is right now, and names its image. A revision becomes its commit; an image its digest.
+    pub(crate) async fn identify(&self, source: &Source, secrets: &Bytes) -> Result<Identity, Refusal> {
+        let (base_ref, commit) = match source {
+            Source::Image(reference) => (self.resolver.pin(reference, secrets).await?, None),
+            Source::Dockerfile(dockerfile) => {
+                dockerfile.check(self.config.file_remotes)?;
+                let commit = self.resolver.commit(dockerfile, secrets).await?;
+                let base_ref = hash::base_ref(&self.config.base_image_repository, dockerfile, &commit);
+                (ours(&base_ref)?, Some(commit))
+            }
+        };
+        let target_ref = hash::workspace_ref(&self.config.workspace_image_repository, &base_ref.to_string());
+        Ok(Identity { target_ref: ours(&target_ref)?, base_ref, commit })
+    }
+}
+
+/// A reference that we made of a configured repository, which was checked at start.
+fn ours(reference: &str) -> Result<ImageReference, Refusal> {
+    reference.parse().map_err(|error| Refusal::new(Code::Internal, format!("a repository is configured wrong: {error}")))
+}

@@ -1,0 +1,105 @@
+//! The orchestrator: decides whether an image is to be built, and sees each build to its end.
+//!
+//! - *I am asked* to build an image, to cancel a build, and which image a source would make.
+//! - *I ask* the resolver what a reference or revision is now, and what lies at a target; the engine to run builders.
+//! - *I tell* the journal every change of a build, and the metrics.
+//! - *I never* act on a build without a claim that stands in the journal, nor before its append has succeeded; I never
+//!   speak to a registry or a git remote myself.
+
+mod accept;
+mod cancel;
+mod claims;
+mod cleanup;
+mod conclude;
+mod config;
+mod handlers;
+mod holder;
+mod identity;
+mod metrics;
+mod queue;
+mod resolver;
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use kiln_bus::holders::Holders;
+use kiln_bus::journal::Journal;
+use kiln_bus::seal::OpenKey;
+use kiln_bus::secrets::SecretsBucket;
+use kiln_bus::serve::Server;
+use kiln_bus::view::View;
+use kiln_bus::{Bus, logs::Logs};
+use kiln_domain::engine::Engine;
+use prometheus_client::registry::Registry;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use crate::config::Config;
+use crate::metrics::Metrics;
+use crate::resolver::Resolver;
+
+/// The role's name: of its lease, and of its connection.
+pub const ROLE: &str = "orchestrator";
+
+/// What an orchestrator is given.
+pub struct Parts {
+    pub bus: Bus,
+    pub engine: Arc<dyn Engine>,
+    pub open_key: OpenKey,
+    /// See [`Holders::start`].
+    pub life: String,
+    pub metrics: Registry,
+}
+
+/// What its duties share.
+struct Shared {
+    config: Config,
+    journal: Journal,
+    view: View,
+    holders: Holders,
+    secrets: SecretsBucket,
+    logs: Logs,
+    engine: Arc<dyn Engine>,
+    open_key: OpenKey,
+    resolver: Resolver,
+    metrics: Metrics,
+}
+
+/// Runs until `stop`; then lets go of every build, so that another may claim it at once, and leaves builders running.
+/// `ready` is called once questions are answered, with what is
+/// counted.
+pub async fn run(
+    config: Config,
+    parts: Parts,
+    ready: impl FnOnce(Registry) + Send,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let Parts { bus, engine, open_key, life, mut metrics } = parts;
+    let tasks = TaskTracker::new();
+    let ended = CancellationToken::new();
+    let view = View::start(&bus, &tasks, &ended);
+    let holders = Holders::start(&bus, ROLE, &life, &tasks).await.context("take a lease")?;
+    let shared = Arc::new(Shared {
+        journal: Journal::open(&bus).await.context("open the journal")?,
+        secrets: SecretsBucket::open(&bus).await.context("open the secrets")?,
+        logs: Logs::new(&bus),
+        resolver: Resolver::new(&bus),
+        metrics: Metrics::register(&mut metrics),
+        config,
+        view,
+        holders,
+        engine,
+        open_key,
+    });
+    shared.view.caught_up().await;
+    let server = Server::start(&bus, ROLE, &mut metrics).await.context("serve")?;
+    handlers::serve(&server, &shared).await.context("serve")?;
+    ready(metrics);
+    tokio::join!(claims::keep(&shared, &stop), cleanup::keep(&shared, &stop));
+    server.drain().await;
+    shared.holders.release().await;
+    ended.cancel();
+    tasks.close();
+    tasks.wait().await;
+    Ok(())
+}

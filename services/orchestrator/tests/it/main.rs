@@ -1,0 +1,7 @@
+//! The orchestrator on a real bus, with an engine and a resolver that the tests play.
+
+#![cfg(test)]
+
+mod lifecycle;
+mod single_flight;
+mod stage;

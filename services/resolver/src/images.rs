@@ -1,0 +1,238 @@
+//! What an image reference is now, from the cache where that is good enough, else from its registry.
+//!
+//! What a tag points at is asked by HEAD, which rate limits mostly don't count; a manifest is read only where that is not
+//! the digest whose manifest was read before. So to revalidate an unchanged tag costs one HEAD.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use kiln_bus::refs::RefKey;
+use kiln_domain::platform::Platform;
+use kiln_domain::reference::{Digest, ImageReference};
+use kiln_registry::{Access, Credential, Error as RegistryError, Keychain, Keyring, Registry};
+use moka::future::Cache;
+use tokio::time::Instant;
+
+use crate::cache::{Answer, Answers};
+use crate::config::Config;
+use crate::keys::{Asker, Keys};
+use crate::metrics::{From, Metrics};
+use crate::pause::Pauses;
+
+/// How long is tried again what may pass, where no older answer could be given: someone waits.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+pub(crate) struct Images {
+    registry: Arc<dyn Registry>,
+    answers: Answers,
+    /// Holds nothing: equal questions that are under way wait here for one load.
+    flights: Cache<RefKey, Resolved>,
+    pauses: Pauses,
+    keys: Keys,
+    metrics: Metrics,
+    tag_fresh_for: Duration,
+    serve_stale_for: Duration,
+    registry_timeout: Duration,
+    revalidate_timeout: Duration,
+}
+
+/// An image that somebody wants resolved.
+#[derive(Clone)]
+pub(crate) struct Wanted {
+    pub(crate) reference: ImageReference,
+    pub(crate) platform: Platform,
+    /// The caller's own credentials.
+    pub(crate) keyring: Arc<Keyring>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Resolved {
+    pub(crate) digest: Digest,
+    /// The registry could not be asked, and the answer is older than what counts as fresh.
+    pub(crate) stale: bool,
+    pub(crate) age: Duration,
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    #[error("registry {registry} asked not to be asked for another {} s", .left.as_secs().max(1))]
+    Paused { registry: String, left: Duration, limited: bool },
+}
+
+impl Error {
+    /// The registry's trouble, not the question's: an older answer is better than none.
+    fn cannot_be_asked(&self) -> bool {
+        match self {
+            Self::Paused { .. } => true,
+            Self::Registry(error) => {
+                matches!(error, RegistryError::Limited { .. } | RegistryError::Unavailable { .. })
+            }
+        }
+    }
+
+    /// The registry's word that what was known isn't so any more, or not for this caller.
+    fn refutes(&self) -> bool {
+        use RegistryError::{Denied, NoPlatform, NotFound, Unauthenticated};
+        let Self::Registry(error) = self else { return false };
+        matches!(error, NotFound { .. } | Unauthenticated { .. } | Denied { .. } | NoPlatform { .. })
+    }
+}
+
+impl Images {
+    pub(crate) fn new(
+        config: &Config,
+        registry: Arc<dyn Registry>,
+        answers: Answers,
+        keys: Keys,
+        metrics: Metrics,
+    ) -> Self {
+        Self {
+            registry,
+            answers,
+            flights: Cache::new(0),
+            pauses: Pauses::default(),
+            keys,
+            metrics,
+            tag_fresh_for: config.tag_fresh_for(),
+            serve_stale_for: config.serve_stale_for(),
+            registry_timeout: config.registry_timeout(),
+            revalidate_timeout: config.revalidate_timeout(),
+        }
+    }
+
+    /// The digest of an image for its platform. With `refresh` it is what the registry says from now on: no fresh answer is
+    /// taken, and no question joined that was asked before.
+    pub(crate) async fn resolve(&self, wanted: &Wanted, refresh: bool) -> Result<Resolved, Arc<Error>> {
+        let key = self.key(wanted).await?;
+        if refresh {
+            return self.load(&key, wanted, true).await.map_err(Arc::new);
+        }
+        if let Some(fresh) = self.answers.here(&key).await.and_then(|known| self.fresh(wanted, &known)) {
+            self.metrics.image_answered(From::Cache);
+            return Ok(fresh);
+        }
+        self.flights.try_get_with(key, self.load(&key, wanted, false)).await
+    }
+
+    /// What lies at a reference right now, by the registry's own word: not cached, not joined.
+    pub(crate) async fn find(&self, reference: &ImageReference) -> Result<Option<Digest>, Error> {
+        let mut access = Access::anonymous(self.registry_timeout);
+        access.patience = PATIENCE;
+        self.ask(reference, self.registry.digest(reference, &access)).await
+    }
+
+    async fn key(&self, wanted: &Wanted) -> Result<RefKey, Arc<Error>> {
+        let credential = wanted.keyring.credential(wanted.reference.registry()).await;
+        let credential = credential.map_err(|error| Arc::new(error.into()))?;
+        let asker = match &credential {
+            None => Asker::Anonymous,
+            Some(Credential::Password { username, password }) => Asker::User { username, password },
+            // Without a key that tells it from others, its answers can't be kept apart.
+            Some(_) => {
+                let reference = wanted.reference.to_string();
+                let problem = "a credential of this kind".to_owned();
+                return Err(Arc::new(RegistryError::Unsupported { reference, problem }.into()));
+            }
+        };
+        let (reference, platform) = (wanted.reference.to_string(), wanted.platform.to_string());
+        Ok(RefKey(self.keys.of("image", &[&reference, &platform], &asker)))
+    }
+
+    /// The answer that is known, if it needs no question.
+    fn fresh(&self, wanted: &Wanted, known: &Answer) -> Option<Resolved> {
+        let age = known.age(now());
+        // What a digest stands for can't change.
+        let fresh = wanted.reference.digest().is_some() || age < self.tag_fresh_for;
+        fresh.then(|| Resolved { digest: known.digest.clone(), stale: false, age })
+    }
+
+    async fn load(&self, key: &RefKey, wanted: &Wanted, refresh: bool) -> Result<Resolved, Error> {
+        // Another replica may know better; and what was asked before us may have been answered meanwhile.
+        let known = self.answers.anywhere(key).await;
+        if !refresh && let Some(fresh) = known.as_ref().and_then(|known| self.fresh(wanted, known)) {
+            self.metrics.image_answered(From::Cache);
+            return Ok(fresh);
+        }
+        let known = known.filter(|known| known.age(now()) <= self.serve_stale_for);
+        match self.ask_registry(wanted, known.as_ref()).await {
+            Ok(answer) => {
+                let newest = self.answers.keep(key, answer).await;
+                self.metrics.image_answered(From::Registry);
+                Ok(Resolved { age: newest.age(now()), digest: newest.digest, stale: false })
+            }
+            Err(error) if error.cannot_be_asked() => match known {
+                Some(known) => {
+                    tracing::warn!("an older answer is given for {}: {error}", wanted.reference);
+                    self.metrics.image_answered(From::Stale);
+                    Ok(Resolved { age: known.age(now()), digest: known.digest, stale: true })
+                }
+                None => Err(error),
+            },
+            Err(error) => {
+                if known.is_some() && error.refutes() {
+                    self.answers.forget(key).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn ask_registry(&self, wanted: &Wanted, known: Option<&Answer>) -> Result<Answer, Error> {
+        let asked_at = now();
+        let (time, patience) = match known {
+            Some(_) => (self.revalidate_timeout, Duration::ZERO),
+            None => (self.registry_timeout, PATIENCE),
+        };
+        let mut access = Access::new(wanted.keyring.clone(), Instant::now() + time);
+        access.patience = patience;
+        let reference = &wanted.reference;
+        if let Some(points_at) = reference.digest() {
+            let digest = self.read(reference, wanted, &access).await?;
+            return Ok(Answer { points_at, digest, asked_at });
+        }
+        let points_at = self.ask(reference, self.registry.digest(reference, &access)).await?;
+        let points_at =
+            points_at.ok_or_else(|| RegistryError::NotFound { reference: reference.to_string() })?;
+        if let Some(known) = known.filter(|known| known.points_at == points_at) {
+            return Ok(Answer { asked_at, ..known.clone() });
+        }
+        // By its digest: the tag may be moved between the two questions.
+        let digest = self.read(&reference.pinned(&points_at), wanted, &access).await?;
+        Ok(Answer { points_at, digest, asked_at })
+    }
+
+    async fn read(&self, pinned: &ImageReference, wanted: &Wanted, access: &Access) -> Result<Digest, Error> {
+        self.ask(pinned, self.registry.resolve(pinned, &wanted.platform, access)).await
+    }
+
+    /// Asks, unless this registry wants to be left alone; and learns from the answer whether it does.
+    async fn ask<T>(
+        &self,
+        reference: &ImageReference,
+        question: impl Future<Output = Result<T, RegistryError>>,
+    ) -> Result<T, Error> {
+        let registry = reference.registry();
+        if let Some(left) = self.pauses.left(registry) {
+            return Err(Error::Paused { registry: registry.into(), left: left.time, limited: left.limited });
+        }
+        let answer = question.await;
+        if self.pauses.learn(registry, &answer) {
+            self.metrics.paused();
+            let left = self.pauses.left(registry).map(|left| left.time).unwrap_or_default();
+            tracing::warn!(registry, "registry {registry} is not asked for {left:?}: it asked for a pause");
+        }
+        Ok(answer?)
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "an answer's age must mean the same in every replica: wall-clock time"
+)]
+fn now() -> Timestamp {
+    Timestamp::now()
+}

@@ -1,0 +1,10 @@
+//! The resolver as others meet it: over a real bus, before real registries and real git remotes.
+
+#![cfg(test)]
+
+mod commits;
+mod front;
+mod http_git;
+mod images;
+mod rig;
+mod trouble;

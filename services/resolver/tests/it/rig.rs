@@ -1,0 +1,127 @@
+//! A bus of one's own with resolvers on it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_bus::layout::Layout;
+use kiln_bus::seal::OpenKey;
+use kiln_bus::{Bus, Connect, secrets};
+use kiln_contract::error::Refusal;
+use kiln_contract::question::Question;
+use kiln_contract::resolver::{FindImage, ResolveCommit, ResolveImage, ResolvedImage};
+use kiln_contract::secrets::{RegistryAuth, Secrets};
+use kiln_registry::OciRegistry;
+use kiln_resolver::{Config, Parts, run};
+use kiln_testkit::nats::{NatsServer, run_server};
+use secrecy::SecretString;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+pub(crate) const WITHIN: Duration = Duration::from_secs(30);
+
+pub(crate) struct Rig {
+    nats: NatsServer,
+    seed: SecretString,
+    asking: Bus,
+    running: JoinSet<()>,
+    stop: Option<DropGuard>,
+}
+
+impl Rig {
+    /// A bus, and one resolver.
+    pub(crate) async fn new(config: Config) -> Self {
+        let nats = run_server().await.unwrap();
+        let asking = connect(&nats).await;
+        let small = Layout { journal_max_bytes: 1 << 20, logs_max_bytes: 1 << 20, ..Layout::default() };
+        asking.provision(&small).await.unwrap();
+        let seed = OpenKey::new_seed().unwrap();
+        let mut rig = Self { nats, seed, asking, running: JoinSet::new(), stop: None };
+        rig.replace(config).await;
+        rig
+    }
+
+    /// Ends the resolver and starts another, which has nothing in its memory.
+    pub(crate) async fn replace(&mut self, config: Config) {
+        self.stop = None;
+        while self.running.join_next().await.is_some() {}
+        let parts = Parts {
+            bus: connect(&self.nats).await,
+            registry: Arc::new(OciRegistry::default()),
+            open_key: self.open_key(),
+            metrics: Default::default(),
+        };
+        let (stop, (ready, answers)) = (CancellationToken::new(), oneshot::channel());
+        let until = stop.clone();
+        self.running.spawn(async move {
+            run(config, parts, |metrics| ready.send(metrics).unwrap(), until).await.unwrap();
+        });
+        answers.await.unwrap();
+        self.stop = Some(stop.drop_guard());
+    }
+
+    /// Another installation's seal key from now on, for the next resolver.
+    pub(crate) fn forget_key(&mut self) {
+        self.seed = OpenKey::new_seed().unwrap();
+    }
+
+    fn open_key(&self) -> OpenKey {
+        OpenKey::from_seed(self.seed.clone()).unwrap()
+    }
+
+    pub(crate) async fn ask<Q: Question>(&self, question: &Q) -> Result<Q::Answer, Refusal> {
+        self.asking.ask(question, WITHIN).await
+    }
+
+    pub(crate) async fn image(&self, reference: &str) -> Result<ResolvedImage, Refusal> {
+        self.ask(&ResolveImage { reference: reference.into(), ..Default::default() }).await
+    }
+
+    pub(crate) async fn refreshed(&self, reference: &str) -> Result<ResolvedImage, Refusal> {
+        self.ask(&ResolveImage { reference: reference.into(), refresh: true, ..Default::default() }).await
+    }
+
+    /// As a user of that registry.
+    pub(crate) async fn image_as(
+        &self,
+        reference: &str,
+        registry: &str,
+        login: &str,
+    ) -> Result<ResolvedImage, Refusal> {
+        let credentials = [(registry.to_owned(), login.to_owned())].into();
+        let secrets =
+            Secrets { registry: RegistryAuth { credentials, ..Default::default() }, ..Default::default() };
+        let secrets = secrets::seal(&self.open_key().seal_key(), &secrets).unwrap();
+        self.ask(&ResolveImage { reference: reference.into(), secrets, ..Default::default() }).await
+    }
+
+    pub(crate) async fn find(&self, reference: &str) -> Result<String, Refusal> {
+        self.ask(&FindImage { reference: reference.into() }).await.map(|found| found.digest)
+    }
+
+    pub(crate) async fn commit(&self, remote: &str, revision: &str) -> Result<String, Refusal> {
+        let (remote_uri, revision) = (remote.into(), revision.into());
+        let question = ResolveCommit { remote_uri, revision, ..Default::default() };
+        self.ask(&question).await.map(|resolved| resolved.commit)
+    }
+
+    /// As a user of the remote.
+    pub(crate) async fn commit_as(
+        &self,
+        remote: &str,
+        revision: &str,
+        username: &str,
+        password: &str,
+    ) -> Result<String, Refusal> {
+        let secrets =
+            Secrets { git_username: username.into(), git_password: password.into(), ..Default::default() };
+        let secrets = secrets::seal(&self.open_key().seal_key(), &secrets).unwrap();
+        let question = ResolveCommit { remote_uri: remote.into(), revision: revision.into(), secrets };
+        self.ask(&question).await.map(|resolved| resolved.commit)
+    }
+}
+
+async fn connect(nats: &NatsServer) -> Bus {
+    let connect = Connect { url: nats.url(), user: None, password: None, name: "test".into() };
+    connect.connect().await.unwrap()
+}
