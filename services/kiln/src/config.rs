@@ -1,0 +1,285 @@
+//! The configuration of a Kiln process: one file for all roles, of which each reads its own section and what is
+//! common. `kiln up` takes the same file and fills in what it starts itself.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use kiln_bus::Connect;
+use kiln_bus::layout::Layout;
+use kiln_bus::seal::{OpenKey, SealKey};
+use kiln_chassis::config::{Environment, Error, Problem, load};
+use kiln_chassis::telemetry;
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::Deserialize;
+
+/// Variables that begin as configuration does and mean something else.
+const RESERVED: [&str; 9] = [
+    telemetry::FILTER_VARIABLE,
+    telemetry::FORMAT_VARIABLE,
+    "KILN_ADDR",
+    "KILN_CONFIG",
+    "KILN_GIT_PASSWORD",
+    "KILN_GIT_USERNAME",
+    "KILN_NATS_SERVER",
+    "KILN_NATS_URL",
+    "KILN_REGISTRY",
+];
+
+/// The parts that may be a process of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Role {
+    Gateway,
+    Resolver,
+    Orchestrator,
+    LogRelay,
+    CacheWarmer,
+}
+
+impl Role {
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Gateway, Self::Resolver, Self::Orchestrator, Self::LogRelay, Self::CacheWarmer];
+}
+
+/// The whole file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Config {
+    pub(crate) nats: Nats,
+    pub(crate) seal: Seal,
+    pub(crate) streams: Streams,
+    pub(crate) listen: Listen,
+    pub(crate) engine: Engine,
+    pub(crate) gateway: Option<kiln_gateway::Config>,
+    pub(crate) resolver: Option<kiln_resolver::Config>,
+    pub(crate) orchestrator: Option<kiln_orchestrator::Config>,
+    pub(crate) log_relay: Option<kiln_log_relay::Config>,
+    pub(crate) cache_warmer: Option<kiln_cache_warmer::Config>,
+}
+
+/// Where the bus is, and who we are to it.
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Nats {
+    /// `nats://host:port`, or several with commas between; without credentials.
+    pub(crate) url: String,
+    pub(crate) user: Option<String>,
+    pub(crate) password: Option<SecretString>,
+    /// A file that holds the password.
+    pub(crate) password_file: Option<PathBuf>,
+}
+
+/// The key pair that secrets are sealed with: `seed` or `seed_file` for who opens them, `public_key` for a gateway.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Seal {
+    pub(crate) seed: Option<SecretString>,
+    pub(crate) seed_file: Option<PathBuf>,
+    pub(crate) public_key: Option<String>,
+}
+
+/// The sizes of the streams; the same in every process of an installation.
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Streams {
+    /// 1 on one node, 3 on a cluster.
+    pub(crate) replicas: usize,
+    pub(crate) journal_max_bytes: i64,
+    pub(crate) logs_max_bytes: i64,
+    pub(crate) logs_max_age_hours: u64,
+}
+
+/// Where the process listens. `grpc` is the gateway's.
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Listen {
+    pub(crate) grpc: SocketAddr,
+    pub(crate) health: SocketAddr,
+    pub(crate) metrics: SocketAddr,
+}
+
+/// What runs builders: of the orchestrator, and of the log-relay that reads their output.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Engine {
+    Local(LocalEngine),
+}
+
+/// Builders as processes of this host.
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct LocalEngine {
+    /// Holds a folder for each run, and the layers that the build tool keeps.
+    pub(crate) folder: PathBuf,
+    /// `overlay`, or `vfs`: works everywhere, slower.
+    pub(crate) storage_driver: Option<String>,
+    /// `chroot`, `rootless` or `oci`.
+    pub(crate) isolation: Option<String>,
+}
+
+impl Default for Nats {
+    fn default() -> Self {
+        Self { url: "nats://127.0.0.1:4222".into(), user: None, password: None, password_file: None }
+    }
+}
+
+impl Default for Streams {
+    fn default() -> Self {
+        let Layout { replicas, journal_max_bytes, logs_max_bytes, logs_max_age } = Layout::default();
+        Self {
+            replicas,
+            journal_max_bytes,
+            logs_max_bytes,
+            logs_max_age_hours: logs_max_age.as_secs() / 3600,
+        }
+    }
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        Self { grpc: local(8080), health: local(9501), metrics: local(9500) }
+    }
+}
+
+impl Default for Engine {
+    fn default() -> Self {
+        Self::Local(LocalEngine::default())
+    }
+}
+
+impl Default for LocalEngine {
+    fn default() -> Self {
+        Self { folder: "/var/lib/kiln".into(), storage_driver: None, isolation: None }
+    }
+}
+
+impl Config {
+    /// Reads the file, and `KILN_…` over it, and checks no more than keys and types.
+    pub(crate) fn read(file: Option<&Path>) -> Result<Self, Error> {
+        load(file, &Environment::of_process(&RESERVED), |_| Vec::new())
+    }
+
+    /// Reads the file, and `KILN_…` over it. Checked are what is common, the sections that are there, and those of
+    /// `roles` in any case.
+    pub(crate) fn load(file: Option<&Path>, roles: &[Role]) -> Result<Self, Error> {
+        load(file, &Environment::of_process(&RESERVED), |config: &Self| config.problems(roles))
+    }
+
+    /// What is wrong, each by its key.
+    pub(crate) fn problems(&self, roles: &[Role]) -> Vec<Problem> {
+        let mut problems = self.common_problems();
+        let mut section = |name: &str, found: Vec<String>| {
+            problems.extend(found.iter().map(|text| in_section(name, text)));
+        };
+        let needs = |role| roles.contains(&role);
+        if self.resolver.is_some() || needs(Role::Resolver) {
+            section("resolver", self.resolver.clone().unwrap_or_default().problems());
+        }
+        if self.orchestrator.is_some() || needs(Role::Orchestrator) {
+            section("orchestrator", self.orchestrator.clone().unwrap_or_default().problems());
+        }
+        if self.log_relay.is_some() || needs(Role::LogRelay) {
+            section("log_relay", self.log_relay.clone().unwrap_or_default().problems());
+        }
+        if self.cache_warmer.is_some() || needs(Role::CacheWarmer) {
+            section("cache_warmer", self.cache_warmer.clone().unwrap_or_default().problems());
+        }
+        problems
+    }
+
+    fn common_problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let mut wrong = |found: bool, key: &str, message: &str| {
+            if found {
+                problems.push(Problem::new(key, message));
+            }
+        };
+        wrong(self.nats.url.is_empty(), "nats.url", "is empty");
+        wrong(
+            self.nats.url.contains('@'),
+            "nats.url",
+            "must not hold credentials: they are `nats.user` and `nats.password`",
+        );
+        wrong(
+            self.nats.password.is_some() && self.nats.password_file.is_some(),
+            "nats.password_file",
+            "stands beside `nats.password`: one of them",
+        );
+        let password = self.nats.password.is_some() || self.nats.password_file.is_some();
+        wrong(password != self.nats.user.is_some(), "nats.user", "user and password go together");
+        wrong(
+            self.seal.seed.is_some() && self.seal.seed_file.is_some(),
+            "seal.seed_file",
+            "stands beside `seal.seed`: one of them",
+        );
+        wrong(!(1..=5).contains(&self.streams.replicas), "streams.replicas", "must be between 1 and 5");
+        for (key, bytes) in [
+            ("streams.journal_max_bytes", self.streams.journal_max_bytes),
+            ("streams.logs_max_bytes", self.streams.logs_max_bytes),
+        ] {
+            wrong(bytes < 1 << 20, key, "must be at least 1 MiB");
+        }
+        wrong(self.streams.logs_max_age_hours == 0, "streams.logs_max_age_hours", "must be at least 1");
+        let Engine::Local(local) = &self.engine;
+        wrong(!local.folder.is_absolute(), "engine.local.folder", "must be an absolute path");
+        problems
+    }
+
+    /// How a role connects to the bus.
+    pub(crate) fn connect(&self, role: &str) -> anyhow::Result<Connect> {
+        let password = secret(&self.nats.password, &self.nats.password_file, "nats.password_file")?;
+        Ok(Connect {
+            url: self.nats.url.clone(),
+            user: self.nats.user.clone(),
+            password,
+            name: format!("kiln-{role}"),
+        })
+    }
+
+    /// The streams and buckets as this installation wants them.
+    pub(crate) fn layout(&self) -> Layout {
+        Layout {
+            replicas: self.streams.replicas,
+            journal_max_bytes: self.streams.journal_max_bytes,
+            logs_max_bytes: self.streams.logs_max_bytes,
+            logs_max_age: Duration::from_secs(self.streams.logs_max_age_hours.saturating_mul(3600)),
+        }
+    }
+
+    /// The key pair of who opens secrets.
+    pub(crate) fn open_key(&self) -> anyhow::Result<OpenKey> {
+        let seed = secret(&self.seal.seed, &self.seal.seed_file, "seal.seed_file")?
+            .context("`seal.seed` or `seal.seed_file` is missing: this role opens secrets")?;
+        OpenKey::from_seed(seed).context("`seal.seed`")
+    }
+
+    /// The public key of who only seals them: given, or the key pair's.
+    pub(crate) fn seal_key(&self) -> anyhow::Result<SealKey> {
+        match &self.seal.public_key {
+            Some(public) => SealKey::from_public(public).context("`seal.public_key`"),
+            None => Ok(self.open_key().context("`seal.public_key` is missing")?.seal_key()),
+        }
+    }
+}
+
+fn secret(
+    value: &Option<SecretString>,
+    file: &Option<PathBuf>,
+    key: &str,
+) -> anyhow::Result<Option<SecretString>> {
+    let Some(path) = file else { return Ok(value.clone()) };
+    let text: SecretString = std::fs::read_to_string(path)
+        .with_context(|| format!("`{key}`: {} can't be read", path.display()))?
+        .into();
+    Ok(Some(text.expose_secret().trim().to_owned().into()))
+}
+
+/// A service names its problems `key: what`.
+fn in_section(section: &str, text: &str) -> Problem {
+    match text.split_once(": ") {
+        Some((key, message)) => Problem::new(format!("{section}.{key}"), message),
+        None => Problem::new(section, text),
+    }
+}

@@ -1,0 +1,28 @@
+//! The engine that the configuration names.
+
+use std::os::unix::fs::DirBuilderExt as _;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use kiln_engine_local::LocalEngine;
+
+use crate::config::{Config, Engine};
+
+/// Opens it, for the orchestrator or the log-relay; one that is shared by both is opened once.
+pub(crate) fn open(config: &Config) -> anyhow::Result<Arc<LocalEngine>> {
+    let Engine::Local(local) = &config.engine;
+    let make = |name: &str| {
+        let path = local.folder.join(name);
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
+        made.with_context(|| format!("`engine.local.folder`: can't make {}", path.display())).map(|()| path)
+    };
+    let program = std::env::current_exe().context("can't find this program's own file")?;
+    let mut config = kiln_engine_local::Config::new(make("runs")?, program, make("layers")?);
+    if let Some(driver) = &local.storage_driver {
+        config.settings.storage_driver.clone_from(driver);
+    }
+    if let Some(isolation) = &local.isolation {
+        config.settings.isolation.clone_from(isolation);
+    }
+    Ok(Arc::new(LocalEngine::new(config)))
+}

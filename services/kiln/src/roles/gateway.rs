@@ -1,0 +1,23 @@
+//! `kiln gateway`.
+
+use kiln_gateway::{Parts, ROLE};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Config, Role};
+use crate::roles::host::Host;
+
+pub(crate) async fn run(
+    host: &Host,
+    config: &Config,
+    listener: TcpListener,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let bus = host.connect(config, ROLE).await?;
+    let metrics = host.registry(ROLE);
+    let parts = Parts { bus: bus.clone(), seal_key: config.seal_key()?, listener, metrics };
+    let ready = |metrics| host.ready(Role::Gateway, &bus, metrics);
+    let ran = kiln_gateway::run(config.gateway.clone().unwrap_or_default(), parts, ready, stop).await;
+    bus.close().await;
+    ran
+}

@@ -1,0 +1,27 @@
+//! `kiln orchestrator`.
+
+use std::sync::Arc;
+
+use kiln_domain::engine::Engine;
+use kiln_orchestrator::{Parts, ROLE};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Config, Role};
+use crate::roles::host::Host;
+
+pub(crate) async fn run(
+    host: &Host,
+    config: &Config,
+    engine: Arc<dyn Engine>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let bus = host.connect(config, ROLE).await?;
+    let metrics = host.registry(ROLE);
+    let life = host.life().to_owned();
+    let parts = Parts { bus: bus.clone(), engine, open_key: config.open_key()?, life, metrics };
+    let ready = |metrics| host.ready(Role::Orchestrator, &bus, metrics);
+    let ran =
+        kiln_orchestrator::run(config.orchestrator.clone().unwrap_or_default(), parts, ready, stop).await;
+    bus.close().await;
+    ran
+}

@@ -1,0 +1,155 @@
+//! `kiln up`: all of Kiln on one machine. The five services run in this process, NATS and a registry as its children,
+//! builders as processes that outlive it and are adopted by the next.
+
+mod backing;
+mod child;
+mod data_dir;
+mod nats;
+mod ports;
+mod programs;
+mod registry;
+mod services;
+mod settings;
+
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use kiln_bus::seal::OpenKey;
+use serde::Serialize;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use self::backing::Backing;
+use self::data_dir::DataDir;
+use self::ports::{Ports, reachable};
+use crate::config::Config;
+
+const ENDPOINTS: &str = "endpoints.json";
+
+/// `kiln up`
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Where everything is kept [default: $XDG_DATA_HOME/kiln, or ~/.local/share/kiln]
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Where the gRPC API listens; like the others, port 0 picks one at the first start and keeps it
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    grpc_listen: SocketAddr,
+    /// Where the registry listens
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:5000")]
+    registry_listen: SocketAddr,
+    /// Where NATS listens
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:4222")]
+    nats_listen: SocketAddr,
+    /// Where /live and /ready are answered
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9501")]
+    health_listen: SocketAddr,
+    /// Where /metrics is answered
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9500")]
+    metrics_listen: SocketAddr,
+    /// Use this registry, which runs already, and start none
+    #[arg(long, value_name = "HOST:PORT", conflicts_with = "registry_listen")]
+    registry: Option<String>,
+    /// Use this NATS server, which runs already, and start none; credentials are `nats.user` and `nats.password` of
+    /// --config, or KILN_NATS__USER and KILN_NATS__PASSWORD
+    #[arg(long, value_name = "URL", env = "KILN_NATS_URL", conflicts_with = "nats_listen")]
+    nats_url: Option<String>,
+    /// Admit file:// git remotes
+    #[arg(long)]
+    allow_file_contexts: bool,
+    /// The JSON file of the services; what is started here, and the flags, go before it
+    #[arg(long, value_name = "FILE", env = "KILN_CONFIG")]
+    config: Option<PathBuf>,
+    /// The nats-server to run
+    #[arg(long, value_name = "FILE", env = "KILN_NATS_SERVER", hide = true)]
+    nats_program: Option<PathBuf>,
+    /// The registry to run
+    #[arg(long, value_name = "FILE", env = "KILN_REGISTRY", hide = true)]
+    registry_program: Option<PathBuf>,
+}
+
+/// What `endpoints.json` holds: `host:port` each, but for NATS.
+#[derive(Debug, Serialize)]
+struct Endpoints {
+    grpc: String,
+    registry: String,
+    health: String,
+    metrics: String,
+    /// The URL of the user that may read the events.
+    nats: String,
+}
+
+/// Our own listeners.
+struct Listeners {
+    grpc: TcpListener,
+    health: TcpListener,
+    metrics: TcpListener,
+}
+
+/// Runs all of it until `stop`, or until a part of it can't go on.
+pub(crate) async fn run(options: Options, stop: CancellationToken) -> anyhow::Result<()> {
+    let path = options
+        .data_dir
+        .clone()
+        .or_else(programs::default_data_dir)
+        .context("--data-dir is needed: there is no HOME to keep data in")?;
+    let data = DataDir::open(&path)?;
+    data.remove(ENDPOINTS)?;
+    let config = Config::read(options.config.as_deref())?;
+    let mut ports = Ports::open(&data)?;
+    let grpc = ports.listen("--grpc-listen", options.grpc_listen).await?;
+    let health = ports.listen("--health-listen", options.health_listen).await?;
+    let metrics = ports.listen("--metrics-listen", options.metrics_listen).await?;
+    let listeners = Listeners { grpc: own(grpc)?, health: own(health)?, metrics: own(metrics)? };
+    let Some(backing) = stop.run_until_cancelled(Backing::start(&options, &data, &mut ports)).await else {
+        return Ok(());
+    };
+    let backing = backing?;
+    let served = serve(&options, &data, config, &backing, listeners, stop).await;
+    backing.stop().await;
+    served.and(data.remove(ENDPOINTS).map_err(Into::into))
+}
+
+async fn serve(
+    options: &Options,
+    data: &DataDir,
+    config: Config,
+    backing: &Backing,
+    listeners: Listeners,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let fresh = OpenKey::new_seed().context("make the seal key")?;
+    let seed = data.secret("seal.key", || fresh)?;
+    let config = settings::complete(config, options, data, backing, seed)?;
+    let endpoints = endpoints(backing, &listeners)?;
+    let announce = || {
+        data.write(ENDPOINTS, &format!("{}\n", serde_json::to_string(&endpoints)?))?;
+        say_ready(&endpoints).context("say on standard output that it is ready")
+    };
+    services::run(config, data, listeners, announce, stop).await
+}
+
+fn own(listener: std::net::TcpListener) -> anyhow::Result<TcpListener> {
+    listener.set_nonblocking(true)?;
+    Ok(TcpListener::from_std(listener)?)
+}
+
+fn endpoints(backing: &Backing, listeners: &Listeners) -> std::io::Result<Endpoints> {
+    let address = |listener: &TcpListener| listener.local_addr().map(|at| reachable(at).to_string());
+    Ok(Endpoints {
+        grpc: address(&listeners.grpc)?,
+        registry: backing.registry.address.clone(),
+        health: address(&listeners.health)?,
+        metrics: address(&listeners.metrics)?,
+        nats: backing.nats.subscriber_url(),
+    })
+}
+
+fn say_ready(endpoints: &Endpoints) -> std::io::Result<()> {
+    let Endpoints { grpc, registry, health, metrics, .. } = endpoints;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "kiln is ready: grpc {grpc} registry {registry} health {health} metrics {metrics}")?;
+    out.flush()
+}

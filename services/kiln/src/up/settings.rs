@@ -1,0 +1,60 @@
+//! The services' configuration as `kiln up` completes it: by its flags, and by what it has started.
+
+use anyhow::Context as _;
+use kiln_chassis::config::{Error, Problem};
+use secrecy::SecretString;
+
+use super::Options;
+use super::backing::Backing;
+use super::data_dir::DataDir;
+use super::nats;
+use crate::config::{Config, Engine, Role};
+
+/// `seed` is used unless the file names a seal key.
+pub(crate) fn complete(
+    mut config: Config,
+    options: &Options,
+    data: &DataDir,
+    backing: &Backing,
+    seed: SecretString,
+) -> anyhow::Result<Config> {
+    config.nats.url.clone_from(&backing.nats.url);
+    if let Some(passwords) = &backing.nats.passwords {
+        config.nats.user = Some(nats::SERVICES.to_owned());
+        config.nats.password = Some(passwords.services.clone());
+        config.nats.password_file = None;
+    }
+    if config.seal.seed.is_none() && config.seal.seed_file.is_none() {
+        config.seal.seed = Some(seed);
+        config.seal.public_key = None;
+    }
+    let Engine::Local(local) = &mut config.engine;
+    data.path().clone_into(&mut local.folder);
+
+    let address = &backing.registry.address;
+    let gateway = config.gateway.get_or_insert_default();
+    let resolver = config.resolver.get_or_insert_default();
+    let orchestrator = config.orchestrator.get_or_insert_default();
+    for (repository, name) in [
+        (&mut orchestrator.base_image_repository, "base-images"),
+        (&mut orchestrator.workspace_image_repository, "workspace-images"),
+    ] {
+        if repository.is_empty() {
+            *repository = format!("{address}/{name}");
+        }
+    }
+    if backing.registry.plain_http {
+        for hosts in [&mut resolver.plain_http, &mut orchestrator.plain_http] {
+            if !hosts.contains(address) {
+                hosts.push(address.clone());
+            }
+        }
+    }
+    if options.allow_file_contexts {
+        gateway.file_remotes = true;
+        resolver.file_remotes = true;
+        orchestrator.file_remotes = true;
+    }
+    let problems: Vec<Problem> = config.problems(&Role::ALL);
+    if problems.is_empty() { Ok(config) } else { Err(Error::Wrong(problems)).context("kiln up") }
+}

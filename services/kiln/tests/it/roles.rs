@@ -1,0 +1,99 @@
+//! Each role as a process of its own, two of some, on a NATS that runs already.
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, TcpListener};
+use std::process::{Child, Stdio};
+
+use kiln_testkit::nats::run_server;
+use rustix::process::Signal;
+
+use crate::running::{answers, eventually, get, kiln, signal};
+
+/// A role's process. Killed on drop.
+struct Role {
+    child: Child,
+    health: SocketAddr,
+    metrics: SocketAddr,
+    grpc: SocketAddr,
+}
+
+impl Role {
+    fn start(role: &str, common: &BTreeMap<&str, String>) -> Self {
+        let held = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").expect("a port"));
+        let [health, metrics, grpc] = held.each_ref().map(|socket| socket.local_addr().expect("an address"));
+        drop(held);
+        let child = kiln()
+            .arg(role)
+            .envs(common)
+            .env("KILN_LOG", "error")
+            .env("KILN_LISTEN__HEALTH", health.to_string())
+            .env("KILN_LISTEN__METRICS", metrics.to_string())
+            .env("KILN_LISTEN__GRPC", grpc.to_string())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("started");
+        Self { child, health, metrics, grpc }
+    }
+
+    fn is_ready(&self) -> bool {
+        answers(self.health) && get(self.health, "/ready").starts_with("HTTP/1.1 200")
+    }
+}
+
+impl Drop for Role {
+    fn drop(&mut self) {
+        // Either fails only for one that has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[tokio::test]
+async fn every_role_runs_alone_and_ends_when_asked() {
+    let mut nats = run_server().await.expect("NATS");
+    let folder = tempfile::tempdir().expect("a folder");
+    let seed = kiln_bus::seal::OpenKey::new_seed().expect("a seed");
+    let seed_file = folder.path().join("seal.key");
+    std::fs::write(&seed_file, secrecy::ExposeSecret::expose_secret(&seed)).expect("written");
+    let common = BTreeMap::from([
+        ("KILN_NATS__URL", nats.url()),
+        ("KILN_SEAL__SEED_FILE", seed_file.display().to_string()),
+        ("KILN_ENGINE__LOCAL__FOLDER", folder.path().join("engine").display().to_string()),
+        ("KILN_ORCHESTRATOR__BASE_IMAGE_REPOSITORY", "127.0.0.1:1/base".to_owned()),
+        ("KILN_ORCHESTRATOR__WORKSPACE_IMAGE_REPOSITORY", "127.0.0.1:1/workspace".to_owned()),
+    ]);
+    let names = [
+        "gateway",
+        "gateway",
+        "resolver",
+        "orchestrator",
+        "orchestrator",
+        "log-relay",
+        "log-relay",
+        "cache-warmer",
+    ];
+    let mut roles: Vec<Role> = names.iter().map(|name| Role::start(name, &common)).collect();
+    for (name, role) in names.iter().zip(&roles) {
+        eventually(&format!("{name}: ready"), || role.is_ready().then_some(()));
+        assert!(get(role.metrics, "/metrics").contains("kiln_build_info"), "{name}");
+    }
+    assert!(answers(roles[0].grpc) && answers(roles[1].grpc));
+
+    nats.kill();
+    for (name, role) in names.iter().zip(&roles) {
+        eventually(&format!("{name}: no longer ready"), || {
+            get(role.health, "/ready").contains("not connected to the bus").then_some(())
+        });
+        assert!(get(role.health, "/live").starts_with("HTTP/1.1 200"), "{name}");
+    }
+    nats.start_again().await.expect("NATS again");
+    for (name, role) in names.iter().zip(&roles) {
+        eventually(&format!("{name}: ready again"), || role.is_ready().then_some(()));
+    }
+
+    for (name, role) in names.iter().zip(&mut roles) {
+        signal(role.child.id(), Signal::TERM);
+        let status = eventually(&format!("{name}: its end"), || role.child.try_wait().expect("waited for"));
+        assert_eq!(status.code(), Some(0), "{name}");
+    }
+}
