@@ -1,0 +1,7 @@
+//! Tests of the whole: the house rules, the model, the schemas, and builds from end to end.
+
+#![cfg(test)]
+
+mod house_rules;
+mod schemas;
+mod system;
