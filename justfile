@@ -25,8 +25,9 @@ schemas:
     KILN_BLESS=1 cargo test --workspace --locked schemas
 
 # From a request to the builder's first line, and what Kiln adds to a build
-bench-dispatch *ARGS:
-    cargo run --release --locked -p kiln-tests --bin bench-dispatch -- {{ ARGS }}
+bench-dispatch:
+    cargo build --release --locked -p kiln
+    cargo bench --locked -p kiln-tests --bench dispatch
 
 # Remove what compiling left
 clean:

@@ -96,7 +96,8 @@ impl Installation {
     /// `grpc`, `registry`, `health`, `metrics` as `host:port`; `nats` as a URL with its user.
     pub fn endpoint(&self, name: &str) -> Result<String> {
         let endpoints: Value = serde_json::from_str(&std::fs::read_to_string(self.data().join("endpoints.json"))?)?;
-        Ok(endpoints[name].as_str().with_context(|| format!("no endpoint {name}"))?.to_owned())
+        let endpoint = endpoints.get(name).and_then(Value::as_str);
+        Ok(endpoint.with_context(|| format!("no endpoint {name}"))?.to_owned())
     }
 
     /// A client of its API.

@@ -263,10 +263,10 @@ pub(crate) fn forget_revoked(runs: &Path, latest: &Folder, age: Duration) -> io:
     for entry in fs::read_dir(runs)?.flatten() {
         let revoked = entry.path().join(run_folder::REVOKED);
         let Ok(written) = fs::metadata(&revoked).and_then(|file| file.modified()) else { continue };
-        let alone = fs::read_dir(entry.path())?.count() == 1;
-        if alone && now.duration_since(written).is_ok_and(|since| since > age) {
-            gone(fs::remove_file(revoked))?;
-            gone(fs::remove_dir(entry.path()))?;
+        let folder = Folder::new(entry.path());
+        let removed = !folder.has(run_folder::OUTPUT)? && !folder.has(run_folder::WORK)?;
+        if removed && now.duration_since(written).is_ok_and(|since| since > age) {
+            gone(fs::remove_dir_all(folder.path()))?;
         }
     }
     Ok(())
@@ -284,5 +284,30 @@ fn gone<T: Default>(result: io::Result<T>) -> io::Result<T> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(T::default()),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn revocations_of_removed_runs_are_forgotten_after_their_time() {
+        let runs = tempfile::tempdir().unwrap();
+        let folder = |name: &str| Folder::new(runs.path().join(name));
+        let (old, kept, young) = (folder("old"), folder("kept"), folder("young"));
+        for folder in [&old, &kept, &young] {
+            assert!(folder.revoke().unwrap());
+        }
+        // Its run was never removed.
+        fs::write(kept.file(run_folder::OUTPUT), "").unwrap();
+        let day = Duration::from_secs(86_400);
+        let now = fs::metadata(young.file(run_folder::REVOKED)).unwrap().modified().unwrap();
+        for folder in [&old, &kept] {
+            let file = File::options().write(true).open(folder.file(run_folder::REVOKED)).unwrap();
+            file.set_modified(now - 2 * day).unwrap();
+        }
+        forget_revoked(runs.path(), &young, day).unwrap();
+        assert_eq!([&old, &kept, &young].map(|folder| folder.exists().unwrap()), [false, true, true]);
     }
 }

@@ -212,11 +212,12 @@ impl Engine for LocalEngine {
 
     async fn cancel(&self, run: &RunId) -> Result<(), EngineError> {
         let lives = blocking(&self.folder(run), |folder| {
-            if !folder.exists()? {
-                return Ok(false);
+            // A start has the lock from before its builder is there: what isn't held is over, or never was.
+            let lives = folder.holder()? != Holder::Nobody;
+            if lives {
+                folder.ask_to_end()?;
             }
-            folder.ask_to_end()?;
-            Ok(folder.holder()? != Holder::Nobody)
+            Ok(lives)
         })
         .await?;
         if lives {

@@ -5,6 +5,8 @@ mod faults;
 mod holder;
 mod journal;
 mod lifecycle;
+mod log;
+mod relay;
 
 use stateright::{Checker, HasDiscoveries, Model};
 
@@ -25,6 +27,10 @@ struct Rules {
     lock_awaited: bool,
     asked_again: bool,
     any_new_image_is_ours: bool,
+    writer_cas: bool,
+    source_cursor_with_chunk: bool,
+    cursor_behind_masker: bool,
+    output_kept_until_complete: bool,
 }
 
 impl Rules {
@@ -45,6 +51,10 @@ const KEPT: Rules = Rules {
     lock_awaited: true,
     asked_again: true,
     any_new_image_is_ours: true,
+    writer_cas: true,
+    source_cursor_with_chunk: true,
+    cursor_behind_masker: true,
+    output_kept_until_complete: true,
 };
 
 #[test]
@@ -69,6 +79,32 @@ fn scratch() {
     let faults = Faults { kinds, left: n };
     let t = std::time::Instant::now();
     let c = Lifecycle { rules, faults, cancel: std::env::var("CANCEL").is_ok(), reproducible: std::env::var("REPRO").is_ok() }
+        .checker().threads(2)
+        .finish_when(HasDiscoveries::AnyFailures)
+        .spawn_bfs()
+        .join();
+    println!("states {} unique {} depth {} {:?}", c.state_count(), c.unique_state_count(), c.max_depth(), t.elapsed());
+    for (name, path) in c.discoveries() {
+        if c.discovery_classification(name).to_string() == "counterexample" {
+            println!("== {name}: ");
+            for a in path.into_actions() { println!("   {a:?}"); }
+        } else { println!("ok {name}"); }
+    }
+}
+
+#[test]
+fn scratchlog() {
+    let n: u8 = std::env::var("ANY").unwrap_or("2".into()).parse().unwrap();
+    let mut rules = KEPT;
+    match std::env::var("RULE").unwrap_or_default().as_str() {
+        "cas" => rules.writer_cas = false,
+        "cursor" => rules.source_cursor_with_chunk = false,
+        "masker" => rules.cursor_behind_masker = false,
+        "kept" => rules.output_kept_until_complete = false,
+        _ => {}
+    }
+    let t = std::time::Instant::now();
+    let c = log::Log { rules, faults: Faults { kinds: faults::COMMON, left: n } }
         .checker().threads(2)
         .finish_when(HasDiscoveries::AnyFailures)
         .spawn_bfs()

@@ -67,11 +67,10 @@ async fn a_repository_becomes_an_image_and_its_log_is_read_twice() -> Result<()>
     ensure!(resolved.exists && resolved.r#ref == over.r#ref && resolved.base_ref == over.base_ref);
 
     // A Dockerfile on top of it, with a build argument and a stage.
-    let on_top = format!(
-        "ARG BASE\nFROM ${{BASE}} AS first\nARG WORD=none\nRUN [\"/bin/busybox\", \"sh\", \"-c\", \"echo word $WORD\"]\n\
-         FROM first AS second\nRUN [\"/bin/busybox\", \"false\"]\n"
-    );
-    let repository = stage.workshop.repository(&[("docker/Dockerfile", &on_top)], &[])?;
+    let on_top = "ARG BASE\nFROM ${BASE} AS first\nARG WORD=none\n\
+                  RUN [\"/bin/busybox\", \"sh\", \"-c\", \"echo word $WORD\"]\n\
+                  FROM first AS second\nRUN [\"/bin/busybox\", \"false\"]\n";
+    let repository = stage.workshop.repository(&[("docker/Dockerfile", on_top)], &[])?;
     let request = dockerfile(&repository.uri, |dockerfile| {
         dockerfile.path = "docker/Dockerfile".into();
         dockerfile.target = "first".into();
