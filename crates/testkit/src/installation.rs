@@ -171,11 +171,15 @@ impl Installation {
 
 impl Drop for Installation {
     fn drop(&mut self) {
-        // buildah leaves its storage mounted on itself.
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-        for point in points.filter(|point| Path::new(point).starts_with(self.folder.path())) {
-            let _ = std::process::Command::new("umount").args(["--lazy", point]).stderr(Stdio::null()).status();
-        }
+        unmount_under(self.folder.path());
+    }
+}
+
+/// Unmounts what buildah leaves mounted: its storage on itself.
+pub(crate) fn unmount_under(folder: &Path) {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    for point in points.filter(|point| Path::new(point).starts_with(folder)) {
+        let _ = std::process::Command::new("umount").args(["--lazy", point]).stderr(Stdio::null()).status();
     }
 }

@@ -3,6 +3,7 @@
 
 pub mod engine;
 pub mod engine_conformance;
+pub mod fleet;
 pub mod installation;
 pub mod nats;
 pub mod records;

@@ -1,6 +1,7 @@
 //! The whole of Kiln, from the gRPC API to the registry and back.
 
 mod bad_input;
+mod fleet;
 mod main_job;
 mod restart;
 mod secrets;
