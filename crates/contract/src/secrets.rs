@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
 /// What a request brings that must never be seen: credentials, and which of the installation's may be used.
@@ -34,13 +36,14 @@ pub struct RegistryAuth {
 }
 
 impl Secrets {
-    /// Every text in it that must not be seen in a log. A user's name is none.
-    pub fn texts(&self) -> impl Iterator<Item = &str> {
-        let passwords = self.registry.credentials.values().filter_map(|pair| pair.split_once(':').map(|(_, p)| p));
-        std::iter::once(self.git_password.as_str())
-            .chain(passwords)
-            .chain(self.registry.credentials.values().map(String::as_str))
-            .filter(|text| !text.is_empty())
+    /// Everything in it that must not be seen in a log or an event. A user's name is none.
+    pub fn hidden(&self) -> Vec<Vec<u8>> {
+        let pairs = self.registry.credentials.values();
+        let passwords = pairs.clone().filter_map(|pair| pair.split_once(':').map(|(_, password)| password));
+        let texts = std::iter::once(self.git_password.as_str()).chain(passwords).chain(pairs.map(String::as_str));
+        // What is no base64 is shown as it came, if at all.
+        let mounts = self.mounts.values().map(|content| STANDARD.decode(content).unwrap_or_else(|_| content.clone().into()));
+        texts.map(|text| text.as_bytes().to_vec()).chain(mounts).filter(|bytes| !bytes.is_empty()).collect()
     }
 }
 

@@ -8,6 +8,7 @@ pub mod failure;
 pub mod hash;
 pub mod id;
 pub mod limits;
+pub mod mask;
 pub mod platform;
 pub mod rank;
 pub mod record;

@@ -230,15 +230,16 @@ impl NatsCluster {
         self.nodes.first().map(NatsServer::url).unwrap_or_default()
     }
 
-    /// Waits until the cluster answers for its streams: it has a leader for its own affairs.
+    /// Waits until the cluster answers for its streams: it has a leader for its own affairs, and knows all its members.
+    /// Several times in a row: while the routes of a young cluster settle, a member counts as gone for moments.
     pub async fn ready(&self) -> Result<()> {
         let ready = async {
-            loop {
-                if self.size_seen().await? == self.nodes.len() {
-                    return anyhow::Ok(());
-                }
+            let mut seen_whole = 0;
+            while seen_whole < 4 {
+                seen_whole = if self.size_seen().await? == self.nodes.len() { seen_whole + 1 } else { 0 };
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
+            anyhow::Ok(())
         };
         tokio::time::timeout(ELECTION, ready).await.context("the cluster has no leader")?
     }

@@ -9,9 +9,7 @@
 //! Secrets of fewer than 6 bytes are not masked: masking `a` would mask everything.
 
 mod config;
-mod forms;
 mod held;
-mod mask;
 mod metrics;
 mod output;
 mod relay;

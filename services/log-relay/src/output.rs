@@ -7,7 +7,7 @@ use kiln_contract::event::Progress;
 use kiln_domain::step::StepTimes;
 use tokio::sync::{mpsc, watch};
 
-use crate::mask::MASK;
+use kiln_domain::mask::MASK;
 use crate::metrics::Metrics;
 use crate::relay::Trouble;
 

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use base64::Engine as _;
 use bytes::BytesMut;
 use kiln_bus::BusError;
 use kiln_bus::holders::Holders;
@@ -12,14 +11,13 @@ use kiln_bus::logs::{AppendError, CHUNK_BYTES, LogTail, LogWriter, Logs};
 use kiln_bus::seal::OpenKey;
 use kiln_bus::secrets::{self, SecretsBucket};
 use kiln_contract::event::Progress;
-use kiln_contract::secrets::Secrets;
 use kiln_domain::engine::Engine;
 use kiln_domain::id::{BuildId, InstanceId};
 use kiln_domain::rank::rank;
 use tokio::sync::{mpsc, watch};
 
 use crate::config::Config;
-use crate::mask::Patterns;
+use kiln_domain::mask::Patterns;
 use crate::metrics::Metrics;
 use crate::output::{ITEMS, Item, Output};
 use crate::source::Reading;
@@ -159,25 +157,11 @@ async fn patterns(shared: &Shared, id: &BuildId) -> Result<Option<Patterns>, Tro
     let Some(sealed) = sealed else { return withheld(&"its entry in the secrets bucket is missing") };
     match secrets::open(&shared.open_key, &sealed) {
         Err(error) => withheld(&error),
-        Ok(secrets) => match patterns_of(&secrets) {
+        Ok(secrets) => match Patterns::of(secrets.hidden().iter().map(Vec::as_slice)) {
             Ok(patterns) => Ok(Some(patterns)),
             Err(error) => withheld(&error),
         },
     }
-}
-
-fn patterns_of(secrets: &Secrets) -> Result<Patterns, crate::mask::TooLarge> {
-    let decoded: Vec<_> = secrets
-        .mounts
-        .values()
-        // What is no base64 is shown as it came, if at all.
-        .map(|content| {
-            base64::engine::general_purpose::STANDARD
-                .decode(content)
-                .unwrap_or_else(|_| content.clone().into())
-        })
-        .collect();
-    Patterns::of(secrets.texts().map(str::as_bytes).chain(decoded.iter().map(Vec::as_slice)))
 }
 
 /// Appends what comes, one in flight; what arrives meanwhile becomes the next chunk.

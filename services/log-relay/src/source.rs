@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::held::Held;
-use crate::mask::{Masker, Patterns, Piece};
+use kiln_domain::mask::{Masker, Patterns, Piece};
 use crate::metrics::Metrics;
 use crate::output::Output;
 use crate::relay::Trouble;

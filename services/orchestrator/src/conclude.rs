@@ -25,11 +25,14 @@ const REGISTRY_PAUSE: Duration = Duration::from_secs(2);
 impl Held<'_> {
     /// Says how the build ended, of a run of which nothing can push any more.
     pub(crate) async fn conclude(&mut self, ended: Ended, stopped: Option<Stopped>) -> Result<(), LetGo> {
-        let ended = match ended.outcome {
+        let mut ended = match ended.outcome {
             Some(_) => ended,
             // Lost, or never begun: whoever is late to start it must find that it is over.
             None => self.wait_for_end(None).await?,
         };
+        if let Some(outcome) = ended.outcome.take() {
+            ended.outcome = Some(self.masked(outcome).await?);
+        }
         let findings = ended.outcome.as_ref().map(|outcome| outcome.findings.clone()).unwrap_or_default();
         if let Some(digest) = self.pushed(&ended).await? {
             return self.end(Change::Succeeded { by: self.me.clone(), digest, findings }).await;

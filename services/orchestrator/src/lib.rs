@@ -15,6 +15,7 @@ mod config;
 mod handlers;
 mod holder;
 mod identity;
+mod mask;
 mod metrics;
 mod queue;
 mod resolver;

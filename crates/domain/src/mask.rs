@@ -4,15 +4,17 @@
 //! ends, or within a plain one, gives what masking the whole gives from there on. That is what lets another relay go
 //! on where this one ended.
 
+mod forms;
+
 use std::sync::Arc;
 
 use aho_corasick::AhoCorasick;
 use bytes::Bytes;
 
-use crate::forms::forms;
+use self::forms::forms;
 
 /// What stands for a secret. Shorter than any secret that is masked, so that masking never makes an output longer.
-pub(crate) const MASK: &[u8] = b"***";
+pub const MASK: &[u8] = b"***";
 
 /// Overlapping matches are masked as one, up to this many bytes: a secret of one repeated letter in an output of the
 /// same letter must not be held back for ever.
@@ -20,7 +22,7 @@ const LONGEST_RUN: usize = 64 * 1024;
 
 /// Everything that is to be masked in one build's output.
 #[derive(Debug)]
-pub(crate) struct Patterns {
+pub struct Patterns {
     /// `None` where there is nothing to mask.
     automaton: Option<AhoCorasick>,
     needles: Vec<Needle>,
@@ -36,7 +38,7 @@ struct Needle {
 
 /// A part of the masked output.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Piece {
+pub enum Piece {
     /// The raw bytes as they are. It may be cut anywhere.
     Plain(Bytes),
     /// [`MASK`] in place of so many raw bytes.
@@ -45,7 +47,7 @@ pub(crate) enum Piece {
 
 /// One stream's masking.
 #[derive(Debug)]
-pub(crate) struct Masker {
+pub struct Masker {
     patterns: Arc<Patterns>,
     /// Raw bytes that may be the beginning of a secret.
     held: Vec<u8>,
@@ -53,12 +55,12 @@ pub(crate) struct Masker {
 
 /// The secrets are too many or too large to be looked for.
 #[derive(Debug, thiserror::Error)]
-#[error("the secrets can't be looked for")]
-pub(crate) struct TooLarge(#[source] aho_corasick::BuildError);
+#[error("the secrets can't be looked for: {0}")]
+pub struct TooLarge(String);
 
 impl Patterns {
     /// All [`forms`] of some secrets.
-    pub(crate) fn of<'a>(secrets: impl IntoIterator<Item = &'a [u8]>) -> Result<Self, TooLarge> {
+    pub fn of<'a>(secrets: impl IntoIterator<Item = &'a [u8]>) -> Result<Self, TooLarge> {
         let all: std::collections::BTreeSet<_> = secrets.into_iter().flat_map(forms).collect();
         Self::exactly(all.into_iter().collect(), LONGEST_RUN)
     }
@@ -66,9 +68,18 @@ impl Patterns {
     fn exactly(patterns: Vec<Vec<u8>>, longest_run: usize) -> Result<Self, TooLarge> {
         let automaton = match patterns.is_empty() {
             true => None,
-            false => Some(AhoCorasick::new(&patterns).map_err(TooLarge)?),
+            false => Some(AhoCorasick::new(&patterns).map_err(|error| TooLarge(error.to_string()))?),
         };
         Ok(Self { automaton, needles: patterns.into_iter().map(Needle::new).collect(), longest_run })
+    }
+
+    /// A whole text, masked.
+    pub fn masked(self: &Arc<Self>, text: &str) -> String {
+        let mut masker = Masker::new(self.clone());
+        let mut pieces = masker.push(&Bytes::copy_from_slice(text.as_bytes()));
+        pieces.extend(masker.finish());
+        let bytes: Vec<u8> = pieces.iter().flat_map(Piece::shown).copied().collect();
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// How many of the last bytes may be the beginning of a secret.
@@ -115,7 +126,8 @@ fn step(bytes: &[u8], borders: &[usize], mut matched: usize, byte: u8) -> usize 
 }
 
 impl Piece {
-    pub(crate) fn shown(&self) -> &[u8] {
+    /// What the log shows of it.
+    pub fn shown(&self) -> &[u8] {
         match self {
             Self::Plain(bytes) => bytes,
             Self::Masked { .. } => MASK,
@@ -125,12 +137,12 @@ impl Piece {
 
 impl Masker {
     /// At a place where masking may begin anew.
-    pub(crate) fn new(patterns: Arc<Patterns>) -> Self {
+    pub fn new(patterns: Arc<Patterns>) -> Self {
         Self { patterns, held: Vec::new() }
     }
 
     /// Takes the next raw bytes, and gives what is certain by now.
-    pub(crate) fn push(&mut self, raw: &Bytes) -> Vec<Piece> {
+    pub fn push(&mut self, raw: &Bytes) -> Vec<Piece> {
         if self.patterns.automaton.is_none() {
             return plain(raw, 0, raw.len()).into_iter().collect();
         }
@@ -140,7 +152,7 @@ impl Masker {
     }
 
     /// Nothing follows: what was held back is no secret, but what is one.
-    pub(crate) fn finish(&mut self) -> Vec<Piece> {
+    pub fn finish(&mut self) -> Vec<Piece> {
         self.drain(self.held.len(), true)
     }
 

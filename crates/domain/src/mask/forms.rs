@@ -6,7 +6,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE};
 
 /// What is shorter is not masked: masking `a` would mask everything.
-pub(crate) const SHORTEST: usize = 6;
+pub(super) const SHORTEST: usize = 6;
 
 /// A longer secret is masked piece by piece. A multiple of 3, so that the pieces' base64 is the whole's.
 const PIECE: usize = 4095;
@@ -15,7 +15,7 @@ const PIECE: usize = 4095;
 const BASE64_LINES: [usize; 2] = [76, 64];
 
 /// Every form of a secret, each at least [`SHORTEST`] bytes.
-pub(crate) fn forms(secret: &[u8]) -> BTreeSet<Vec<u8>> {
+pub(super) fn forms(secret: &[u8]) -> BTreeSet<Vec<u8>> {
     let mut forms = BTreeSet::new();
     let lines = secret.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
     for unit in [secret, secret.trim_ascii()].into_iter().chain(lines) {
