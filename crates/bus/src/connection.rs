@@ -55,10 +55,17 @@ impl Connect {
         if let (Some(user), Some(password)) = (&self.user, &self.password) {
             options = options.user_and_password(user.clone(), password.expose_secret().to_owned());
         }
-        let client = options.connect(self.url.as_str()).await.map_err(|error| BusError::Unavailable {
+        let unreachable = |error: &dyn std::fmt::Display| BusError::Unavailable {
             operation: "connect",
             detail: format!("{}: {error}", self.url),
-        })?;
+        };
+        let servers: Vec<async_nats::ServerAddr> = self
+            .url
+            .split(',')
+            .map(|server| server.trim().parse())
+            .collect::<Result<_, _>>()
+            .map_err(|error: std::io::Error| unreachable(&error))?;
+        let client = options.connect(servers).await.map_err(|error| unreachable(&error))?;
         let info = client.server_info();
         if !client.is_server_compatible(2, 11, 0) {
             return Err(BusError::Refused {

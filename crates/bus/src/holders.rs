@@ -40,7 +40,7 @@ struct Shared {
     bus: Bus,
     store: Store,
     role: String,
-    /// What the lease says: the role, and the life of the process group that it belongs to.
+    /// What the lease says: role, life and host.
     says: String,
     mine: Mutex<Mine>,
     live: watch::Sender<BTreeSet<InstanceId>>,
@@ -58,8 +58,15 @@ struct Mine {
 
 impl Holders {
     /// Takes a lease for a new instance of `role`, and renews it until it is released. `life` names the process that
-    /// it lives and dies with, for [`Bus::end_leases`]; empty where nobody will know.
-    pub async fn start(bus: &Bus, role: &str, life: &str, tasks: &TaskTracker) -> Result<Self, BusError> {
+    /// it lives and dies with, for [`Bus::end_leases`]; empty where nobody will know. `host` is where it must be to do
+    /// its work, if that matters, for [`Holders::elsewhere`].
+    pub async fn start(
+        bus: &Bus,
+        role: &str,
+        life: &str,
+        host: Option<&str>,
+        tasks: &TaskTracker,
+    ) -> Result<Self, BusError> {
         let store = bus
             .js
             .get_key_value(bucket::HOLDERS)
@@ -72,7 +79,7 @@ impl Holders {
                 bus: bus.clone(),
                 store,
                 role: role.to_owned(),
-                says: format!("{role} {life}"),
+                says: format!("{role} {life} {}", host.unwrap_or_default()),
                 mine: Mutex::new(mine),
                 live: watch::Sender::new(BTreeSet::new()),
                 released: CancellationToken::new(),
@@ -149,6 +156,12 @@ impl Holders {
         if let Err(error) = self.shared.store.delete(instance.as_str()).await {
             tracing::warn!("the lease of {instance} could not be ended, it will lapse: {error}");
         }
+    }
+
+    /// A live instance that is bound to another host than `host`, if there is one.
+    pub async fn elsewhere(&self, host: &str) -> Result<Option<InstanceId>, BusError> {
+        let leases = leases(&self.shared.store).await?;
+        Ok(leases.into_iter().find(|lease| !lease.host.is_empty() && lease.host != host).map(|lease| lease.instance))
     }
 
     async fn keep_renewing(&self) {
@@ -238,6 +251,10 @@ impl Holders {
                 Operation::Put => seen.insert(instance),
                 Operation::Delete | Operation::Purge => seen.remove(&instance),
             };
+            if !entry.seen_current {
+                // Still reading what was there: who hasn't been read yet is not gone.
+                continue;
+            }
             self.shared.live.send_if_modified(|live| {
                 let changed = *live != seen;
                 live.clone_from(&seen);
@@ -257,16 +274,34 @@ impl Bus {
     pub async fn end_leases(&self, life: &str) -> Result<(), BusError> {
         let failed = |error: &dyn std::fmt::Display| BusError::unavailable("end the leases of a former life", error);
         let store = self.js.get_key_value(bucket::HOLDERS).await.map_err(|error| failed(&error))?;
-        let mut keys = store.keys().await.map_err(|error| failed(&error))?;
-        while let Some(key) = keys.next().await {
-            let key = key.map_err(|error| failed(&error))?;
-            let says = store.get(key.as_str()).await.map_err(|error| failed(&error))?;
-            if says.is_some_and(|says| says.ends_with(format!(" {life}").as_bytes())) {
-                store.delete(key).await.map_err(|error| failed(&error))?;
-            }
+        for lease in leases(&store).await?.into_iter().filter(|lease| lease.life == life) {
+            store.delete(lease.instance.as_str()).await.map_err(|error| failed(&error))?;
         }
         Ok(())
     }
+}
+
+/// A lease as it lies in the bucket.
+struct Lease {
+    instance: InstanceId,
+    life: String,
+    host: String,
+}
+
+async fn leases(store: &Store) -> Result<Vec<Lease>, BusError> {
+    let failed = |error: &dyn std::fmt::Display| BusError::unavailable("read the leases", error);
+    let mut keys = store.keys().await.map_err(|error| failed(&error))?;
+    let mut leases = Vec::new();
+    while let Some(key) = keys.next().await {
+        let key = key.map_err(|error| failed(&error))?;
+        let Some(says) = store.get(key.as_str()).await.map_err(|error| failed(&error))? else { continue };
+        let Ok(instance) = key.parse() else { continue };
+        let says = String::from_utf8_lossy(&says).into_owned();
+        let mut words = says.split(' ').skip(1).map(ToOwned::to_owned);
+        let (life, host) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+        leases.push(Lease { instance, life, host });
+    }
+    Ok(leases)
 }
 
 fn key(instance: &InstanceId) -> String {

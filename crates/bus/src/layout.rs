@@ -29,6 +29,9 @@ impl Default for Layout {
     }
 }
 
+/// How long streams are tried to be made.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 const DAY: u64 = 24 * 60 * 60;
 
 /// An instance's lease, and how long a marker of a lapsed one is kept.
@@ -36,7 +39,21 @@ pub(crate) const LEASE: Duration = Duration::from_secs(30);
 
 impl Bus {
     /// Creates what is missing and updates what differs. An error names the stream or bucket, and why it can't be changed.
+    /// A cluster that is young has no place for streams yet: it is asked again for some seconds.
     pub async fn provision(&self, layout: &Layout) -> Result<(), BusError> {
+        let give_up = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            match self.try_provision(layout).await {
+                Err(error) if tokio::time::Instant::now() < give_up && !matches!(error, BusError::Full { .. }) => {
+                    tracing::warn!("trying again: {error}");
+                    tokio::time::sleep(Duration::from_millis(500)).await;
+                }
+                decided => return decided,
+            }
+        }
+    }
+
+    async fn try_provision(&self, layout: &Layout) -> Result<(), BusError> {
         for config in streams(layout) {
             let name = config.name.clone();
             let made = async {

@@ -83,6 +83,11 @@ pub trait Engine: Send + Sync {
     /// "local", "kubernetes", "ws-manager".
     fn name(&self) -> &'static str;
 
+    /// The host that its builders are bound to, if they are: then nobody on another host can find or adopt them.
+    fn host(&self) -> Option<String> {
+        None
+    }
+
     /// Starts a run; of a run that was started before (also by another process) it gives the handle.
     /// [`EngineError::Revoked`] after [`Engine::revoke`].
     async fn start(&self, spec: &RunSpec, secrets: &RunSecrets) -> Result<Handle, EngineError>;

@@ -79,7 +79,16 @@ pub async fn run(
     let tasks = TaskTracker::new();
     let ended = CancellationToken::new();
     let view = View::start(&bus, &tasks, &ended);
-    let holders = Holders::start(&bus, ROLE, &life, &tasks).await.context("take a lease")?;
+    let host = engine.host();
+    let holders =
+        Holders::start(&bus, ROLE, &life, host.as_deref(), &tasks).await.context("take a lease")?;
+    if let Some(host) = &host
+        && let Some(other) = holders.elsewhere(host).await.context("look for other hosts")?
+    {
+        holders.release().await;
+        ended.cancel();
+        anyhow::bail!("the {} engine is for one host, and {other} runs on another", engine.name());
+    }
     let shared = Arc::new(Shared {
         journal: Journal::open(&bus).await.context("open the journal")?,
         secrets: SecretsBucket::open(&bus).await.context("open the secrets")?,

@@ -26,9 +26,9 @@ async fn holders_see_each_other_and_a_release_at_once() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;
     let tasks = TaskTracker::new();
-    let first = Holders::start(&bus, "orchestrator", "", &tasks).await?;
-    let second = Holders::start(&connect(&server.url()).await?, "orchestrator", "", &tasks).await?;
-    let relay = Holders::start(&connect(&server.url()).await?, "log-relay", "", &tasks).await?;
+    let first = Holders::start(&bus, "orchestrator", "", None, &tasks).await?;
+    let second = Holders::start(&connect(&server.url()).await?, "orchestrator", "", None, &tasks).await?;
+    let relay = Holders::start(&connect(&server.url()).await?, "log-relay", "", None, &tasks).await?;
     let (me, other) = (first.me().unwrap(), second.me().unwrap());
     seen(&first, |live| live.len() == 2).await?;
     ensure!(first.live().contains(&other) && second.live().contains(&other));
@@ -47,10 +47,10 @@ async fn an_instance_id_is_never_used_twice() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;
     let tasks = TaskTracker::new();
-    let first = Holders::start(&bus, "orchestrator", "", &tasks).await?;
+    let first = Holders::start(&bus, "orchestrator", "", None, &tasks).await?;
     let before = first.me();
     first.release().await;
-    let second = Holders::start(&bus, "orchestrator", "", &tasks).await?;
+    let second = Holders::start(&bus, "orchestrator", "", None, &tasks).await?;
     ensure!(before != second.me());
     Ok(())
 }
@@ -60,12 +60,25 @@ async fn a_former_lifes_leases_end_at_once() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;
     let tasks = TaskTracker::new();
-    let former = Holders::start(&bus, "orchestrator", "first", &tasks).await?.me().unwrap();
-    let other = Holders::start(&bus, "orchestrator", "other", &tasks).await?;
+    let former = Holders::start(&bus, "orchestrator", "first", None, &tasks).await?.me().unwrap();
+    let other = Holders::start(&bus, "orchestrator", "other", None, &tasks).await?;
     ensure!(!other.confirm_dead(&former).await?);
     bus.end_leases("first").await?;
     ensure!(other.confirm_dead(&former).await?);
-    let third = Holders::start(&bus, "orchestrator", "second", &tasks).await?;
+    let third = Holders::start(&bus, "orchestrator", "second", None, &tasks).await?;
     ensure!(!third.confirm_dead(&other.me().unwrap()).await?, "another's stands");
+    Ok(())
+}
+
+#[tokio::test]
+async fn who_is_bound_to_another_host_is_seen() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let tasks = TaskTracker::new();
+    let here = Holders::start(&bus, "orchestrator", "", Some("here"), &tasks).await?;
+    Holders::start(&bus, "log-relay", "", None, &tasks).await?;
+    ensure!(here.elsewhere("here").await?.is_none());
+    let there = Holders::start(&bus, "orchestrator", "", Some("there"), &tasks).await?;
+    ensure!(here.elsewhere("here").await? == there.me());
     Ok(())
 }

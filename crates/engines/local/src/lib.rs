@@ -151,6 +151,11 @@ impl Engine for LocalEngine {
         "local"
     }
 
+    /// This boot of this machine: runs are processes, locks and files of it.
+    fn host(&self) -> Option<String> {
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_owned())
+    }
+
     async fn start(&self, spec: &RunSpec, secrets: &RunSecrets) -> Result<Handle, EngineError> {
         let run = spec.run.clone();
         let folder = self.folder(&run);

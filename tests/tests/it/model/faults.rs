@@ -15,7 +15,9 @@ pub(super) enum Fault {
     BuilderDeath,
     /// A builder process that has yet to begin is taken for lost.
     Overlooked,
-    /// What a run left is lost (but not its revocation).
+    /// A holder can't go on before the start: no time is left in the queue, or the engine refuses.
+    GivingUp,
+    /// What a run left is lost before the build's end (but not its revocation).
     Removal,
 }
 
@@ -27,6 +29,7 @@ pub(super) const COMMON: &[Fault] = &[
     Fault::LostAck,
     Fault::BuilderDeath,
     Fault::Overlooked,
+    Fault::GivingUp,
 ];
 
 /// Which may happen, and how many of them in all.

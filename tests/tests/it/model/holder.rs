@@ -21,6 +21,8 @@ pub(super) struct Holder {
     /// The last event that it read, of a build that it acts on: every append expects this sequence.
     pub(super) known: Option<Entry>,
     pub(super) phase: Phase,
+    /// It will not start this build.
+    pub(super) gives_up: bool,
 }
 
 /// What it is about to do.
@@ -68,12 +70,14 @@ pub(super) enum Answer {
     LostBefore,
     /// A builder process that has yet to begin is not seen.
     Overlooked,
+    /// No time is left in the queue, or the engine refuses.
+    GivesUp,
 }
 
 impl Holder {
     /// It begins knowing nothing.
     pub(super) fn new(index: u8, life: u8) -> Self {
-        Self { index, life, lease: true, known: None, phase: Phase::Idle }
+        Self { index, life, lease: true, known: None, phase: Phase::Idle, gives_up: false }
     }
 
     pub(super) fn instance(&self) -> InstanceId {
@@ -94,6 +98,7 @@ impl Holder {
             record if record.handle.is_some() => Phase::Watch,
             _ => Phase::Observe { first: false },
         };
+        self.gives_up = false;
         self.known = (self.phase != Phase::Idle).then(|| last.clone());
     }
 }
@@ -106,21 +111,29 @@ pub(super) fn step(system: &mut System, rules: &Rules, me: usize, answer: Answer
     let attempt = usize::try_from(record.attempt).ok()? - 1;
     let overlook = answer == Answer::Overlooked;
     let appends = matches!(holder.phase, Phase::Append(_));
+    let looks = matches!(holder.phase, Phase::Observe { .. });
+    let gives_up = holder.phase == Phase::Start || (looks && !rules.every_end_is_judged);
     let observes = matches!(holder.phase, Phase::Observe { .. } | Phase::Watch | Phase::Stopping);
     match answer {
         Answer::Usual => {}
         Answer::Overlooked if observes && system.runs.get(attempt)?.waiting > 0 => {
             system.faults.suffer(Fault::Overlooked)?;
         }
+        Answer::GivesUp if gives_up => system.faults.suffer(Fault::GivingUp)?,
         Answer::LostAfter | Answer::LostBefore if appends => system.faults.suffer(Fault::LostAck)?,
         _ => return None,
     }
-    let judge = if rules.revoked_first { Phase::Revoke } else { Phase::Read };
     let mine = record.claimed_by == Some(holder.instance());
     let free = system.is_free(record);
     let orphaned = system.has_orphaned_put();
     let run = system.runs.get_mut(attempt)?;
+    let finished = run.outcome.is_some() && !rules.revoked_whatever_is_left;
+    let judge = if rules.revoked_first && !finished { Phase::Revoke } else { Phase::Read };
     let next = match holder.phase {
+        Phase::Observe { .. } | Phase::Start if answer == Answer::GivesUp => {
+            system.holders.get_mut(me)?.gives_up = true;
+            if rules.every_end_is_judged { judge } else { Phase::Append(Act::Failed(FailureReason::Internal)) }
+        }
         Phase::Idle => {
             if record.state.is_terminal() || !holder.lease || !(free || mine) {
                 return None;
@@ -171,13 +184,13 @@ pub(super) fn step(system: &mut System, rules: &Rules, me: usize, answer: Answer
             match found.image(rules, system.registry.tag, !rules.asked_again) {
             Some(image) => Phase::Append(Act::Succeeded(image)),
             None if rules.asked_again => Phase::AskAgain(found),
-            None => found.otherwise(rules, record),
+            None => found.otherwise(rules, &holder, record),
             }
         }
         Phase::AskAgain(_) if orphaned => return None,
         Phase::AskAgain(found) => match found.image(rules, system.registry.tag, true) {
             Some(image) => Phase::Append(Act::Succeeded(image)),
-            None => found.otherwise(rules, record),
+            None => found.otherwise(rules, &holder, record),
         },
         Phase::RevokeLate => {
             run.revoked = true;
@@ -239,11 +252,12 @@ impl Found {
     }
 
     /// What becomes of the build where the image is not there.
-    fn otherwise(&self, rules: &Rules, record: &Record) -> Phase {
+    fn otherwise(&self, rules: &Rules, holder: &Holder, record: &Record) -> Phase {
         Phase::Append(match self.outcome {
             _ if record.cancel.is_some() => Act::Cancelled,
             Some(Outcome::Failed) => Act::Failed(FailureReason::Dockerfile),
             Some(Outcome::Pushed(_)) => Act::Failed(FailureReason::ImageMissing),
+            None if holder.gives_up => Act::Failed(FailureReason::Internal),
             None if record.attempt >= limits::ATTEMPTS => Act::Failed(FailureReason::EngineLost),
             None if rules.revoked_first => Act::Retrying,
             None => return Phase::RevokeLate,

@@ -85,7 +85,7 @@ impl Hash for System {
         };
         (summary(last), self.journal.ends, self.journal.illegal).hash(hasher);
         for holder in &self.holders {
-            (holder.lease, holder.phase, holder.known.as_ref().map(summary)).hash(hasher);
+            (holder.lease, holder.phase, holder.gives_up, holder.known.as_ref().map(summary)).hash(hasher);
         }
         if let Some(append) = &self.on_its_way {
             (summary(&append.after), append.act, &append.by, &append.after.record.claimed_by).hash(hasher);
@@ -195,6 +195,7 @@ impl System {
                     return None;
                 }
                 run.remove();
+                run.revoked |= ended;
                 if ended { Some(()) } else { self.faults.suffer(Fault::Removal) }
             }
             Action::Land => self.registry.land(),
@@ -251,7 +252,8 @@ impl Model for Lifecycle {
     fn actions(&self, _: &System, actions: &mut Vec<Action>) {
         actions.extend([Action::Arrive, Action::Cancel, Action::Land, Action::Drop]);
         for me in 0..2 {
-            let answers = [Answer::Usual, Answer::LostAfter, Answer::LostBefore, Answer::Overlooked];
+            let answers = [Answer::Usual, Answer::LostAfter, Answer::LostBefore];
+            let answers = answers.into_iter().chain([Answer::Overlooked, Answer::GivesUp]);
             actions.extend(answers.map(|answer| Action::Step(me, answer)));
             actions.extend([Action::View(me), Action::Crash(me), Action::Lapse(me)]);
             actions.extend([Action::Notice(me), Action::Release(me)]);
@@ -311,8 +313,24 @@ fn sometimes() -> Vec<Property<Lifecycle>> {
         Property::sometimes("fails by the user's doing", |_, system: &System| {
             system.record().reason == Some(FailureReason::Dockerfile)
         }),
-        Property::sometimes("two holders", |_, system: &System| {
-            system.record().claims > 1 && ended(system, State::Succeeded)
+        Property::sometimes("fails because the engine refuses", |_, system: &System| {
+            system.record().reason == Some(FailureReason::Internal)
+        }),
+        Property::sometimes("succeeds in its second attempt, under its second holder", |_, system: &System| {
+            let record = system.record();
+            ended(system, State::Succeeded) && record.attempt == 2 && record.claims == 2
+        }),
+        Property::sometimes("cancelled before a claim", |model: &Lifecycle, system: &System| {
+            let unclaimed = ended(system, State::Cancelled) && system.record().claims == 0;
+            unclaimed || !model.cancel
+        }),
+        Property::sometimes("cancelled while it runs", |model: &Lifecycle, system: &System| {
+            let started = ended(system, State::Cancelled) && system.record().handle.is_some();
+            started || !model.cancel
+        }),
+        Property::sometimes("succeeds in spite of a cancel", |model: &Lifecycle, system: &System| {
+            let cancelled = ended(system, State::Succeeded) && system.record().cancel.is_some();
+            cancelled || !model.cancel
         }),
     ]
 }

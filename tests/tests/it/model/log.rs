@@ -10,7 +10,7 @@ use super::relay::{Phase, Relay, mask, step};
 /// What the masker hides: it may be cut by a read, a chunk, or the end of a run.
 pub(super) const SECRET: &[u8] = b"ST";
 /// What the attempts' builders write, if they live that long.
-const OUTPUT: [&[u8]; 2] = [b"aSTb", b"STc"];
+const OUTPUT: [&[u8]; 2] = [b"STa", b"ST"];
 
 pub(super) struct Log {
     pub(super) rules: Rules,
@@ -230,7 +230,7 @@ impl Model for Log {
         actions.push(Action::Remove);
         for me in 0..2 {
             for answer in [Answer::Usual, Answer::LostAfter, Answer::LostBefore] {
-                actions.extend((1..=4).map(|bytes| Action::Step(me, bytes, answer)));
+                actions.extend([1, 3].map(|bytes| Action::Step(me, bytes, answer)));
             }
             actions.extend([Action::Crash(me), Action::Lapse(me), Action::Notice(me)]);
         }
@@ -252,10 +252,10 @@ impl Model for Log {
             }),
             Property::eventually("the log is complete", |_, system: &System| system.last.complete),
             Property::sometimes("taken over, two attempts, secrets masked", |_, system: &System| {
-                system.last.complete && system.taken_over && system.text == b"a*b|*c"
+                system.last.complete && system.taken_over && system.text == b"*a|*"
             }),
             Property::sometimes("half a secret, at a run's end", |_, system: &System| {
-                system.last.complete && system.text == b"aS|"
+                system.last.complete && system.text == b"S|"
             }),
             Property::sometimes("empty, of a build that never started", |_, system: &System| {
                 system.last.complete && system.text.is_empty()

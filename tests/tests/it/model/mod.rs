@@ -27,6 +27,8 @@ struct Rules {
     lock_awaited: bool,
     asked_again: bool,
     any_new_image_is_ours: bool,
+    revoked_whatever_is_left: bool,
+    every_end_is_judged: bool,
     writer_cas: bool,
     source_cursor_with_chunk: bool,
     cursor_behind_masker: bool,
@@ -51,6 +53,8 @@ const KEPT: Rules = Rules {
     lock_awaited: true,
     asked_again: true,
     any_new_image_is_ours: true,
+    revoked_whatever_is_left: true,
+    every_end_is_judged: true,
     writer_cas: true,
     source_cursor_with_chunk: true,
     cursor_behind_masker: true,
@@ -72,6 +76,8 @@ fn scratch() {
         "lock_awaited" => rules.lock_awaited = false,
         "asked_again" => rules.asked_again = false,
         "new_is_ours" => rules.any_new_image_is_ours = false,
+        "left" => rules.revoked_whatever_is_left = false,
+        "judged" => rules.every_end_is_judged = false,
         "" => {}
         x => rules.unsequenced = Some(Box::leak(x.to_string().into_boxed_str())),
     }

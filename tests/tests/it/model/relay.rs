@@ -122,7 +122,7 @@ fn read(system: &System, rules: &Rules, me: u8, place: Place, bytes: usize) -> O
     let end = new.len() == there.len() && source.has_ended(attempt);
     let over = end && source.terminal && source.attempt == attempt;
     let goes_on = end && source.attempt > attempt;
-    if bytes > there.len().max(1) || (new.is_empty() && !end) {
+    if new.is_empty() && !end || (bytes > 1 && there.len() < 2) {
         return None;
     }
     let raw = [place.held.as_slice(), new].concat();

@@ -38,6 +38,29 @@ async fn a_build_outlives_kiln_up_killed_and_started_again() -> Result<()> {
     Ok(())
 }
 
+/// The registry dies with Kiln: the builder's push is refused, and goes on when it is back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_build_that_pushes_outlives_kiln_up_killed_and_started_again() -> Result<()> {
+    let mut stage = Stage::set().await?;
+    let large = format!("{DOCKERFILE}RUN [\"/bin/busybox\", \"dd\", \"if=/dev/urandom\", \"of=/large\", \"bs=1M\", \"count=64\"]\n");
+    let repository = stage.workshop.repository(&[("Dockerfile", &large)], &["."])?;
+    let build = stage.begin(&repository.uri).await?;
+    let request = api::BuildLogsRequest { id: build.id.clone(), follow: true, start: None };
+    let mut chunks = stage.kiln.client().await?.build_logs(request).await?.into_inner();
+    let mut log = Vec::new();
+    while !String::from_utf8_lossy(&log).contains("kiln: pushing") {
+        log.extend(chunks.message().await?.context("the log ended")?.content);
+    }
+    stage.kiln.kill().await?;
+    stage.kiln.start_again().await?;
+    let whole = stage.kiln.whole_log(&build.id).await?;
+    let over = stage.kiln.until(&build.id, is_over).await?;
+    let text = String::from_utf8_lossy(&whole);
+    ensure!(over.state() == api::BuildState::Succeeded && over.attempt == 1, "{over:?}\n{text}");
+    ensure!(whole.starts_with(&log) && text.contains("kiln: done"), "{text}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_build_outlives_kiln_up_ended_and_started_again() -> Result<()> {
     let mut stage = Stage::set().await?;
