@@ -22,7 +22,7 @@ const SWEEP: Duration = Duration::from_secs(1);
 
 /// Claims builds and holds them until `stop`; then lets go of each.
 pub(crate) async fn keep(shared: &Arc<Shared>, stop: &CancellationToken) {
-    let mut claims = Claims { held: JoinSet::new(), names: HashMap::new(), free_since: HashMap::new() };
+    let mut claims = Claims::default();
     let mut changes = shared.view.changes();
     let mut holders = shared.holders.changes();
     loop {
@@ -41,30 +41,39 @@ pub(crate) async fn keep(shared: &Arc<Shared>, stop: &CancellationToken) {
     }
 }
 
+#[derive(Default)]
 struct Claims {
-    /// A task for each build that we hold.
-    held: JoinSet<()>,
+    /// A task for each build that we hold; it gives the event with which it ended our claim, or 0.
+    held: JoinSet<u64>,
     names: HashMap<BuildId, tokio::task::Id>,
+    /// Builds whose claim we ended, with the event that did: the view may be behind that for a moment.
+    let_go: HashMap<BuildId, u64>,
     /// Since when we see a build that anybody may claim.
     free_since: HashMap<BuildId, Instant>,
 }
 
 impl Claims {
-    fn ended(&mut self, ended: Result<(tokio::task::Id, ()), tokio::task::JoinError>) {
-        let task = match &ended {
-            Ok((task, ())) => *task,
+    fn ended(&mut self, ended: Result<(tokio::task::Id, u64), tokio::task::JoinError>) {
+        let (task, known) = match ended {
+            Ok((task, known)) => (task, known),
             Err(error) => {
                 tracing::error!("the task that held a build failed: {error}");
-                error.id()
+                (error.id(), 0)
             }
         };
-        self.names.retain(|_, id| *id != task);
+        let id = self.names.iter().find(|(_, held)| **held == task).map(|(id, _)| id.clone());
+        if let Some(id) = id {
+            self.names.remove(&id);
+            self.let_go.insert(id, known);
+        }
     }
 
     /// Claims what it is our turn to; says when to look again at the latest.
     async fn claim_what_may_be(&mut self, shared: &Arc<Shared>, stop: &CancellationToken) -> Duration {
         let Some(me) = shared.holders.me().filter(|_| !stop.is_cancelled()) else { return SWEEP };
-        let active = shared.view.active();
+        let mut active = shared.view.active();
+        self.let_go.retain(|id, known| active.iter().any(|entry| entry.record.id == *id && entry.sequence <= *known));
+        active.retain(|entry| !self.let_go.contains_key(&entry.record.id));
         let (claimed, free): (Vec<_>, Vec<_>) =
             active.iter().partition(|entry| entry.record.claimed_by.as_ref().is_some_and(|by| shared.holders.is_live(by)));
         shared.metrics.running.set(i64::try_from(self.names.len()).unwrap_or(i64::MAX));

@@ -44,9 +44,10 @@ pub(crate) struct Held<'a> {
     stop: &'a CancellationToken,
 }
 
-/// Acts on a claimed build until it is over, the claim is lost, or `stop`.
-pub(crate) async fn hold(shared: &Arc<Shared>, claimed: Entry, stop: &CancellationToken) {
-    let Some(me) = claimed.record.claimed_by.clone() else { return };
+/// Acts on a claimed build until it is over, the claim is lost, or `stop`. Gives the sequence of the event that ended our
+/// claim; 0 if the claim may still stand, as after a lease that could not be renewed for a while.
+pub(crate) async fn hold(shared: &Arc<Shared>, claimed: Entry, stop: &CancellationToken) -> u64 {
+    let Some(me) = claimed.record.claimed_by.clone() else { return 0 };
     let id = claimed.record.id.clone();
     let span = tracing::info_span!("hold", build.id = %id);
     async {
@@ -56,9 +57,10 @@ pub(crate) async fn hold(shared: &Arc<Shared>, claimed: Entry, stop: &Cancellati
             Err(LetGo::Lost) => tracing::info!(build.id = %id, "build `{id}` is no longer ours"),
             Err(LetGo::Asked) => held.release().await,
         }
+        if held.record().claimed_by.is_none() { held.tail.sequence } else { 0 }
     }
     .instrument(span)
-    .await;
+    .await
 }
 
 impl Held<'_> {

@@ -1,6 +1,6 @@
 //! Runs, their builder processes, and the registry that these push to.
 
-use super::Rules;
+use super::rules::Rules;
 use super::journal::{BEFORE, Image};
 
 /// What there is of one attempt: the run's folder, and the processes that were started for it.

@@ -9,7 +9,7 @@ use super::builder::{Observed, Outcome};
 use super::faults::Fault;
 use super::journal::{Act, Append, BEFORE, Entry, Image};
 use super::lifecycle::System;
-use super::Rules;
+use super::rules::Rules;
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Holder {

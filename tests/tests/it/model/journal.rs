@@ -11,7 +11,7 @@ use kiln_domain::run::Findings;
 use kiln_domain::source::Source;
 use kiln_domain::transition::{Change, apply};
 
-use super::Rules;
+use super::rules::Rules;
 
 /// An image at the target tag. Every builder process makes its own, unless builds are reproducible.
 pub(super) type Image = u8;

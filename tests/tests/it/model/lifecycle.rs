@@ -6,7 +6,7 @@ use kiln_domain::failure::FailureReason;
 use kiln_domain::record::{Record, State};
 use stateright::{Model, Property};
 
-use super::Rules;
+use super::rules::Rules;
 use super::builder::{Builder, Registry, Run, Stage};
 use super::faults::{Fault, Faults};
 use super::holder::{Answer, Holder, Phase, step};

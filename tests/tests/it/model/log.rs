@@ -2,7 +2,7 @@
 
 use stateright::{Model, Property};
 
-use super::Rules;
+use super::rules::Rules;
 use super::faults::{Fault, Faults};
 use super::holder::Answer;
 use super::relay::{Phase, Relay, mask, step};

@@ -1,6 +1,6 @@
 //! A log-relay's algorithm: "Logs" of the design, one outside act a step.
 
-use super::Rules;
+use super::rules::Rules;
 use super::faults::Fault;
 use super::holder::Answer;
 use super::log::{Cursor, Message, SECRET, System};
