@@ -52,7 +52,11 @@ impl Bus {
             }
             let second = ask();
             tokio::pin!(second);
-            tokio::select! { answer = &mut first => answer, answer = &mut second => answer }
+            // An error of one is no answer while the other may still come: its asker may be at work on it.
+            tokio::select! {
+                answer = &mut first => if answer.is_ok() { answer } else { second.await },
+                answer = &mut second => if answer.is_ok() { answer } else { first.await },
+            }
         };
         let message = tokio::time::timeout(within, answers)
             .await

@@ -58,8 +58,8 @@ struct Mine {
 
 impl Holders {
     /// Takes a lease for a new instance of `role`, and renews it until it is released. `life` names the process that
-    /// it lives and dies with, for [`Bus::end_leases`]; empty where nobody will know. `host` is where it must be to do
-    /// its work, if that matters, for [`Holders::elsewhere`].
+    /// it lives and dies with, for [`Bus::end_leases`]; empty where nobody will know. `host` is where its
+    /// engine's builders are, if they are bound to one: then it is refused while an instance bound to another one lives.
     pub async fn start(
         bus: &Bus,
         role: &str,
@@ -86,6 +86,15 @@ impl Holders {
             }),
         };
         holders.renew().await?;
+        if let Some(host) = host
+            && let Some(other) = holders.elsewhere(host).await?
+        {
+            holders.release().await;
+            return Err(BusError::Refused {
+                operation: "take a lease",
+                detail: format!("the engine's builders are bound to this host, and {other} is bound to another"),
+            });
+        }
         for work in [true, false] {
             let holders = holders.clone();
             tasks.spawn(async move {
@@ -159,7 +168,7 @@ impl Holders {
     }
 
     /// A live instance that is bound to another host than `host`, if there is one.
-    pub async fn elsewhere(&self, host: &str) -> Result<Option<InstanceId>, BusError> {
+    async fn elsewhere(&self, host: &str) -> Result<Option<InstanceId>, BusError> {
         let leases = leases(&self.shared.store).await?;
         Ok(leases.into_iter().find(|lease| !lease.host.is_empty() && lease.host != host).map(|lease| lease.instance))
     }

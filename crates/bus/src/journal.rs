@@ -88,6 +88,13 @@ impl Journal {
         }
     }
 
+    /// Bytes that the journal still takes, by its leader's word; `u64::MAX` where nothing bounds it.
+    pub async fn room(&self) -> Result<u64, BusError> {
+        let info = self.stream.get_info().await.map_err(|error| BusError::unavailable(READ, error))?;
+        let bound = u64::try_from(info.config.max_bytes).unwrap_or(0);
+        Ok(if bound == 0 { u64::MAX } else { bound.saturating_sub(info.state.bytes) })
+    }
+
     /// Appends a change to an image's history, on top of `tail` (its last event, `None` where it has none).
     ///
     /// Exactly one of several that append on the same tail succeeds. An answer that was lost is decided by reading

@@ -44,7 +44,7 @@ impl Bus {
         let give_up = tokio::time::Instant::now() + PATIENCE;
         loop {
             match self.try_provision(layout).await {
-                Err(error) if tokio::time::Instant::now() < give_up && !matches!(error, BusError::Full { .. }) => {
+                Err(error) if layout.replicas > 1 && tokio::time::Instant::now() < give_up => {
                     tracing::warn!("trying again: {error}");
                     tokio::time::sleep(Duration::from_millis(500)).await;
                 }

@@ -1,5 +1,6 @@
 //! `KILN_SECRETS`: a sealed entry for each build that isn't cleaned up yet.
 
+use async_nats::jetstream::stream::LastRawMessageErrorKind;
 use bytes::Bytes;
 use futures::StreamExt as _;
 use kiln_contract::bucket;
@@ -51,10 +52,13 @@ impl SecretsBucket {
 
     /// A build's sealed secrets; `None` once it is cleaned up.
     pub async fn get(&self, id: &BuildId) -> Result<Option<Bytes>, BusError> {
-        self.store
-            .get(id.as_str())
-            .await
-            .map_err(|error| BusError::unavailable("read a build's secrets", error))
+        // From the leader: a replica may not have yet what was put a moment ago, and a build would fail for it.
+        match self.store.stream.get_last_raw_message_by_subject(&format!("$KV.{}.{id}", bucket::SECRETS)).await {
+            Ok(message) if message.headers.get("KV-Operation").is_some() => Ok(None),
+            Ok(message) => Ok(Some(message.payload)),
+            Err(error) if matches!(error.kind(), LastRawMessageErrorKind::NoMessageFound) => Ok(None),
+            Err(error) => Err(BusError::unavailable("read a build's secrets", error)),
+        }
     }
 
     /// Removes a build's entry, its old revisions too.

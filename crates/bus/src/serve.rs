@@ -34,6 +34,8 @@ pub struct Server {
     metrics: Metrics,
 }
 
+/// How long a question without a deadline may take.
+const LONGEST: Duration = Duration::from_secs(300);
 /// Questions that one endpoint answers at once; more wait in the subscription.
 const AT_ONCE: usize = 256;
 
@@ -56,7 +58,8 @@ impl Server {
         })
     }
 
-    /// Answers one question from now on. A handler whose question's deadline has passed isn't begun.
+    /// Answers one question from now on. A handler whose question's deadline has passed isn't begun, and is dropped where it
+    /// passes on the way: what was asked for late must not happen later still.
     pub async fn answer<Q, F, Fut>(&self, handler: F) -> Result<(), BusError>
     where
         Q: Question,
@@ -124,12 +127,15 @@ where
     F: Fn(Q) -> Fut,
     Fut: Future<Output = Result<Q::Answer, Refusal>>,
 {
-    if time_left(message).is_some_and(|left| left.is_zero()) {
-        return Err(Refusal::new(Code::DeadlineExceeded, "the question came after its deadline"));
+    let late = |why| Refusal::new(Code::DeadlineExceeded, why);
+    let left = time_left(message).unwrap_or(LONGEST);
+    if left.is_zero() {
+        return Err(late("the question came after its deadline"));
     }
     let question = Q::decode(message.payload.clone())
         .map_err(|error| Refusal::new(Code::Internal, format!("the question can't be read: {error}")))?;
-    handler(question).await.map(|answer| answer.encode_to_vec().into())
+    let answer = tokio::time::timeout(left, handler(question)).await;
+    answer.map_err(|_| late("the answer was not there in time"))?.map(|answer| answer.encode_to_vec().into())
 }
 
 #[expect(clippy::disallowed_methods, reason = "a deadline on the wire is a wall-clock time")]

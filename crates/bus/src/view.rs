@@ -18,8 +18,6 @@ use crate::connection::Bus;
 use crate::error::BusError;
 use crate::journal::{Entry, entry};
 
-/// Finished builds kept in memory; older ones are read from the stream.
-const FINISHED_KEPT: usize = 20_000;
 /// Changes that a listener may be behind before it must look at everything again.
 const CHANGES_KEPT: usize = 1_024;
 
@@ -31,6 +29,7 @@ pub struct View {
 
 struct Shared {
     state: RwLock<State>,
+    finished_kept: usize,
     sequence: watch::Sender<u64>,
     caught_up: watch::Sender<bool>,
     changes: broadcast::Sender<Arc<Entry>>,
@@ -45,11 +44,13 @@ struct State {
 }
 
 impl View {
-    /// Begins to follow the journal until `stop`.
-    pub fn start(bus: &Bus, tasks: &TaskTracker, stop: &CancellationToken) -> Self {
+    /// Begins to follow the journal until `stop`. Of the builds that are over, the newest `finished_kept` are held in memory;
+    /// older ones are read from the stream.
+    pub fn start(bus: &Bus, finished_kept: usize, tasks: &TaskTracker, stop: &CancellationToken) -> Self {
         let view = Self {
             shared: Arc::new(Shared {
                 state: RwLock::default(),
+                finished_kept,
                 sequence: watch::Sender::new(0),
                 caught_up: watch::Sender::new(false),
                 changes: broadcast::Sender::new(CHANGES_KEPT),
@@ -182,7 +183,7 @@ impl View {
             } else {
                 state.active.insert(place, id);
             }
-            state.forget_oldest();
+            state.forget_oldest(self.shared.finished_kept);
         }
         // Nobody listens: nobody misses it.
         let _ = self.shared.changes.send(entry);
@@ -194,8 +195,8 @@ impl View {
 }
 
 impl State {
-    fn forget_oldest(&mut self) {
-        if self.builds.len() - self.active.len() <= FINISHED_KEPT {
+    fn forget_oldest(&mut self, finished_kept: usize) {
+        if self.builds.len() - self.active.len() <= finished_kept {
             return;
         }
         let oldest = self.order.keys().find(|place| !self.active.contains_key(place)).copied();

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+/// What a full record comes to as JSON: its steps and base images, and a request of [`REQUEST_BYTES`].
+pub const RECORD_BYTES: u64 = 768 * 1024;
 /// Steps kept in a record; later ones are counted in the log only.
 pub const STEPS: usize = 1_000;
 /// Bytes of a step's or base image's name.

@@ -98,6 +98,9 @@ impl Builds for BuildsApi {
         self.metrics
             .call("ListBuilds", request, async |request| {
                 let query = Query::new(request)?;
+                if !self.view.is_caught_up() {
+                    return Err(Status::unavailable("this gateway is still reading what there is; ask again"));
+                }
                 let mut found = self.view.newest(query.before, |entry| query.wants(entry), query.limit + 1);
                 let more = found.len() > query.limit;
                 found.truncate(query.limit);
@@ -216,9 +219,10 @@ impl BuildsApi {
         let over = CancellationToken::new();
         let reading = over.clone().drop_guard();
         let until = if request.follow { Until::Complete { over: over.clone() } } else { Until::Now };
-        if request.follow {
-            let view = self.view.clone();
-            let id = id.clone();
+        if build.is_none_or(|entry| entry.record.state.is_terminal()) {
+            over.cancel();
+        } else if request.follow {
+            let (view, id) = (self.view.clone(), id.clone());
             self.tasks.spawn(async move {
                 tokio::select! {
                     // The reader is gone.
@@ -297,10 +301,10 @@ pub(crate) fn ahead(queue: &[BuildId], entry: &Entry) -> usize {
     queue.iter().position(|id| *id == entry.record.id).unwrap_or(0)
 }
 
-/// Waits until a build is over, or is one that the view doesn't hold: only finished ones are.
+/// Waits until the view sees the end of a build that wasn't over a moment ago.
 async fn ended(view: &View, id: &BuildId) {
     let mut changes = view.changes();
-    while view.get(id).is_some_and(|entry| !entry.record.state.is_terminal()) {
+    while view.get(id).is_none_or(|entry| !entry.record.state.is_terminal()) {
         // A lag only makes us look again.
         if matches!(changes.recv().await, Err(tokio::sync::broadcast::error::RecvError::Closed)) {
             return;

@@ -38,6 +38,9 @@ use crate::steps::Steps;
 /// The role's name, of its connection.
 pub const ROLE: &str = "gateway";
 
+/// Finished builds in its view, which is what is listed.
+const FINISHED_KEPT: usize = 20_000;
+
 /// The largest message of the API, either way.
 const MESSAGE_BYTES: usize = 16 << 20;
 
@@ -60,7 +63,7 @@ pub async fn run(
     let Parts { bus, seal_key, listener, mut metrics } = parts;
     let tasks = TaskTracker::new();
     let ended = CancellationToken::new();
-    let view = View::start(&bus, &tasks, &ended);
+    let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
     let logs = Logs::new(&bus);
     let (reporter, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
@@ -107,9 +110,10 @@ pub async fn run(
             }
         }
     });
-    view.caught_up().await;
-    ready(metrics);
-    let served = tonic::transport::Server::builder()
+    // Health is answered from the beginning; a call that needs the whole view is refused until it is there.
+    let catching_up = view.clone();
+    let announced = async { ready_once(&catching_up, ready, metrics, &stop).await };
+    let serving = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
         .max_connection_age_grace(Duration::from_secs(5))
@@ -119,11 +123,16 @@ pub async fn run(
         .serve_with_incoming_shutdown(
             TcpIncoming::from(listener).with_nodelay(Some(true)),
             stop.cancelled(),
-        )
-        .await
-        .context("serve gRPC");
+        );
+    let (served, ()) = tokio::join!(serving, announced);
     ended.cancel();
     tasks.close();
     tasks.wait().await;
-    served
+    served.context("serve gRPC")
+}
+
+async fn ready_once(view: &View, ready: impl FnOnce(Registry), metrics: Registry, stop: &CancellationToken) {
+    if stop.run_until_cancelled(view.caught_up()).await.is_some() {
+        ready(metrics);
+    }
 }

@@ -39,6 +39,9 @@ use crate::relays::Relays;
 /// The role's name: of its lease, and of its connection.
 pub const ROLE: &str = "log-relay";
 
+/// Finished builds in its view: their logs are mostly complete, and of the others the secrets bucket tells.
+const FINISHED_KEPT: usize = 2_000;
+
 /// What a log-relay is given.
 pub struct Parts {
     /// Provisioned.
@@ -64,7 +67,7 @@ pub async fn run(
     let Parts { bus, engine, open_key, life, metrics: mut registry } = parts;
     let metrics = Metrics::register(&mut registry);
     let (tasks, ended) = (TaskTracker::new(), CancellationToken::new());
-    let view = View::start(&bus, &tasks, &ended);
+    let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
     let holders = Holders::start(&bus, ROLE, &life, engine.host().as_deref(), &tasks).await.context("take a lease")?;
     let journal = Journal::open(&bus).await.context("open the journal")?;
     let secrets = SecretsBucket::open(&bus).await.context("open the secrets")?;

@@ -10,6 +10,7 @@ use kiln_bus::seal::SealError;
 use kiln_contract::error::{Code, Refusal};
 use kiln_contract::secrets::Secrets;
 use kiln_domain::id::{BuildId, ImageKey, InstanceId};
+use kiln_domain::limits;
 use kiln_domain::record::{Record, State};
 use kiln_domain::reference::Digest;
 use kiln_domain::source::Source;
@@ -37,6 +38,8 @@ pub(crate) enum Accepted {
     AlreadyBuilt { target_ref: String, base_ref: String, digest: Digest },
 }
 
+/// Bytes of the journal that are kept for each active build: twelve full records, so that each can always end.
+const RESERVE: u64 = 12 * limits::RECORD_BYTES;
 /// How long a request for an image whose build is being cancelled waits for its end.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(20);
 
@@ -57,6 +60,15 @@ impl Shared {
                 let joined = entry.record.requests.first() != Some(&request.id);
                 return Ok(Accepted::Build { entry, joined });
             }
+            // The registry's own word, asked after the tail was read. An image that is there is there, whatever is built.
+            let found = self.resolver.find(&image.target_ref).await?;
+            if let (Some(digest), false) = (&found, request.force) {
+                return Ok(Accepted::AlreadyBuilt {
+                    target_ref: image.target_ref.to_string(),
+                    base_ref: image.base_ref.to_string(),
+                    digest: digest.clone(),
+                });
+            }
             let appended = match &tail {
                 Some(active) if active.record.cancel.is_some() && !active.record.state.is_terminal() => {
                     self.wait_for_end(active).await?;
@@ -68,14 +80,6 @@ impl Shared {
                     joined.map(|entry| Accepted::Build { entry, joined: true })
                 }
                 _ => {
-                    let found = self.resolver.find(&image.target_ref).await?;
-                    if let (Some(digest), false) = (&found, request.force) {
-                        return Ok(Accepted::AlreadyBuilt {
-                            target_ref: image.target_ref.to_string(),
-                            base_ref: image.base_ref.to_string(),
-                            digest: digest.clone(),
-                        });
-                    }
                     let record = self.new_record(&request, &image, &key, found, timeout_ms).await?;
                     self.begin(tail.as_ref(), record, &request.sealed).await
                 }
@@ -110,7 +114,16 @@ impl Shared {
         digest_before: Option<Digest>,
         timeout_ms: u64,
     ) -> Result<Record, Refusal> {
-        let queued = self.view.active().iter().filter(|entry| entry.record.claims == 0).count();
+        let active = self.view.active();
+        let room = self.journal.room().await?;
+        let reserved = RESERVE.saturating_mul(u64::try_from(active.len()).unwrap_or(u64::MAX).saturating_add(1));
+        if room < reserved {
+            return Err(Refusal::new(
+                Code::Unavailable,
+                format!("the journal is nearly full: the room that is left is kept for {} active builds", active.len()),
+            ));
+        }
+        let queued = active.iter().filter(|entry| entry.record.claims == 0).count();
         if queued >= self.config.max_queued {
             return Err(Refusal::new(Code::ResourceExhausted, format!("the queue is full: {queued} builds wait")));
         }

@@ -1,18 +1,22 @@
 //! Claiming: which builds this process acts on, and when it may try.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use kiln_bus::journal::{AppendError, Entry};
+use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::id::{BuildId, InstanceId};
 use kiln_domain::rank::rank;
 use kiln_domain::record::Record;
+use kiln_domain::run::Findings;
 use kiln_domain::transition::Change;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::holder::QUEUE_EXPIRED;
 use crate::{Shared, holder, queue};
 
 /// Live orchestrators are ranked for each build: the first tries at once, each other this much later.
@@ -72,7 +76,7 @@ impl Claims {
     async fn claim_what_may_be(&mut self, shared: &Arc<Shared>, stop: &CancellationToken) -> Duration {
         let Some(me) = shared.holders.me().filter(|_| !stop.is_cancelled()) else { return SWEEP };
         let mut active = shared.view.active();
-        self.let_go.retain(|id, known| active.iter().any(|entry| entry.record.id == *id && entry.sequence <= *known));
+        self.let_go.retain(|id, known| shared.view.get(id).is_some_and(|entry| entry.sequence < *known));
         active.retain(|entry| !self.let_go.contains_key(&entry.record.id));
         let (claimed, free): (Vec<_>, Vec<_>) =
             active.iter().partition(|entry| entry.record.claimed_by.as_ref().is_some_and(|by| shared.holders.is_live(by)));
@@ -86,19 +90,31 @@ impl Claims {
                 self.hold(shared, Entry::clone(entry), stop);
             }
         }
-        self.free_since.retain(|id, _| free.iter().any(|entry| entry.record.id == *id));
+        let ids: HashSet<&BuildId> = free.iter().map(|entry| &entry.record.id).collect();
+        self.free_since.retain(|id, _| ids.contains(id));
+        let now = wall_clock();
+        let (expired, free): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) = free
+            .into_iter()
+            .filter(|entry| !self.names.contains_key(&entry.record.id))
+            .partition(|entry| is_expired(&entry.record, now));
+        let (never_claimed, expired): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) =
+            expired.into_iter().partition(|entry| entry.record.claims == 0);
+        for entry in never_claimed {
+            expire(shared, entry, &me).await;
+        }
         let (queued, to_end_or_adopt): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) =
-            free.into_iter().filter(|entry| !self.names.contains_key(&entry.record.id)).partition(|e| needs_a_slot(&e.record));
+            free.into_iter().partition(|entry| needs_a_slot(&entry.record));
         let slots = shared.config.slots.saturating_sub(self.names.len());
         let waiting: Vec<&Record> = queued.iter().map(|entry| &entry.record).collect();
         let running: Vec<&Record> = claimed.iter().map(|entry| &entry.record).collect();
         let turns = queue::next(&waiting, &running, slots, shared.config.max_running_per_owner);
-        let turns: Vec<_> = queued.iter().filter(|entry| turns.iter().any(|record| record.id == entry.record.id)).collect();
+        let turns: HashSet<&BuildId> = turns.iter().map(|record| &record.id).collect();
+        let turns: Vec<_> = queued.iter().filter(|entry| turns.contains(&entry.record.id)).collect();
 
         let live = shared.holders.live();
         let now = Instant::now();
         let mut wake = SWEEP;
-        for entry in to_end_or_adopt.iter().chain(turns) {
+        for entry in expired.iter().chain(&to_end_or_adopt).chain(turns) {
             let id = &entry.record.id;
             let steps = u32::try_from(rank(id.as_str(), &me, &live)).unwrap_or(u32::MAX);
             let at = *self.free_since.entry(id.clone()).or_insert(now) + RANK_STEP.saturating_mul(steps);
@@ -122,6 +138,30 @@ impl Claims {
 /// Adopting a running builder, or ending a build, needs no free slot: only a start does.
 fn needs_a_slot(record: &Record) -> bool {
     record.handle.is_none() && record.cancel.is_none()
+}
+
+/// Not started, and past the time that it may wait.
+fn is_expired(record: &Record, now: Timestamp) -> bool {
+    record.started_at.is_none() && record.queue_deadline().is_some_and(|deadline| deadline < now)
+}
+
+#[expect(clippy::disallowed_methods, reason = "a limit is compared with the stream's wall-clock time")]
+fn wall_clock() -> Timestamp {
+    Timestamp::now()
+}
+
+/// Ends a build that nobody ever claimed: any orchestrator may.
+async fn expire(shared: &Shared, entry: &Arc<Entry>, me: &InstanceId) {
+    let failure = Failure::new(FailureReason::QueueExpired, QUEUE_EXPIRED);
+    let change = Change::Failed { by: None, failure, findings: Findings::default() };
+    match shared.journal.append(Some(entry), &change, me).await {
+        Ok(over) => shared.metrics.ended(&over),
+        Err(AppendError::Lost) => {}
+        Err(error) => {
+            let id = &entry.record.id;
+            tracing::warn!(build.id = %id, "that the time of `{id}` in the queue is up can't be said now: {error}");
+        }
+    }
 }
 
 async fn claim(shared: &Shared, entry: &Arc<Entry>, me: &InstanceId) -> Option<Entry> {

@@ -7,7 +7,6 @@ use std::time::Duration;
 use kiln_domain::id::{BuildId, RunId};
 use kiln_domain::rank::rank;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use crate::Shared;
 
@@ -15,8 +14,8 @@ const SWEEP: Duration = Duration::from_secs(5);
 /// An entry whose build does not appear for so long is an accept that never happened.
 const NEVER_ACCEPTED: Duration = Duration::from_secs(120);
 
-/// Removes what is left of builds that are over, until `stop`.
-pub(crate) async fn keep(shared: &Arc<Shared>, stop: &CancellationToken) {
+/// Removes what is left of builds that are over. It may be dropped anywhere: the list of what to do stays.
+pub(crate) async fn keep(shared: &Arc<Shared>) {
     let mut without_build: HashMap<BuildId, Instant> = HashMap::new();
     let mut changes = shared.view.changes();
     loop {
@@ -31,7 +30,6 @@ pub(crate) async fn keep(shared: &Arc<Shared>, stop: &CancellationToken) {
             }
         };
         tokio::select! {
-            () = stop.cancelled() => return,
             () = ended => {}
             () = tokio::time::sleep(SWEEP) => {}
         }

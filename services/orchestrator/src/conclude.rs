@@ -5,31 +5,33 @@ use std::time::Duration;
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::limits;
 use kiln_domain::reference::{Digest, ImageReference};
+use kiln_domain::engine::Observed;
 use kiln_domain::run::{Ended, Findings, RunResult};
 use kiln_domain::transition::Change;
 
 use crate::holder::{Held, LetGo};
 
-/// Why we stopped the builder.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Stopped {
-    Cancelled,
+/// Why a run is judged.
+pub(crate) enum Ending {
+    /// It ended, was lost, or a cancel ended it.
+    Natural,
+    /// Its time was up, and we stopped it.
     Deadline,
+    /// It can't be started, and why.
+    GaveUp(Failure),
 }
 
-/// A manifest that the builder PUT as its last act may still be under way inside the registry.
-const IN_FLIGHT: Duration = Duration::from_secs(2);
+/// A manifest that the builder PUT as its last act may still be under way inside the registry for so long.
+pub(crate) const IN_FLIGHT: Duration = Duration::from_secs(2);
 /// Between two questions to a registry that can't be asked.
 const REGISTRY_PAUSE: Duration = Duration::from_secs(2);
 
 impl Held<'_> {
-    /// Says how the build ended, of a run of which nothing can push any more.
-    pub(crate) async fn conclude(&mut self, ended: Ended, stopped: Option<Stopped>) -> Result<(), LetGo> {
-        let mut ended = match ended.outcome {
-            Some(_) => ended,
-            // Lost, or never begun: whoever is late to start it must find that it is over.
-            None => self.wait_for_end(None).await?,
-        };
+    /// Says how the build ended. Every end of a claimed build comes through here: the run is revoked, nothing of it can push
+    /// any more, and only then is the registry asked. (The model shows each of these to be needed, also where the build
+    /// can't even be started: an earlier holder may have.)
+    pub(crate) async fn conclude(&mut self, ended: Ended, ending: Ending) -> Result<(), LetGo> {
+        let mut ended = self.revoked(ended).await?;
         if let Some(outcome) = ended.outcome.take() {
             ended.outcome = Some(self.masked(outcome).await?);
         }
@@ -37,61 +39,76 @@ impl Held<'_> {
         if let Some(digest) = self.pushed(&ended).await? {
             return self.end(Change::Succeeded { by: self.me.clone(), digest, findings }).await;
         }
-        let stopped = if self.record().cancel.is_some() { Some(Stopped::Cancelled) } else { stopped };
-        match (stopped, ended.outcome.map(|outcome| outcome.result)) {
-            (Some(Stopped::Cancelled), _) => {
-                self.end(Change::Cancelled { by: Some(self.me.clone()), findings }).await
-            }
-            (Some(Stopped::Deadline), result) => {
-                let failure = match result {
-                    Some(RunResult::Failed(failure)) if failure.reason == FailureReason::Timeout => failure,
-                    _ => self.took_too_long(&findings),
-                };
-                self.fail(failure, findings).await
-            }
-            (None, Some(RunResult::Failed(failure))) => self.fail(failure, findings).await,
-            (None, Some(RunResult::Pushed(digest))) => {
-                let message = format!("the builder reported {digest}, but the image is not there");
-                self.fail(Failure::new(FailureReason::ImageMissing, message), findings).await
-            }
-            (None, None) if self.record().attempt < limits::ATTEMPTS => {
-                let attempt = self.record().attempt;
-                self.retry(&format!("attempt {attempt} was lost: its builder vanished without an outcome")).await
-            }
-            (None, None) => {
-                let message = format!("the builder vanished {} times without an outcome", self.record().attempt);
-                self.fail(Failure::new(FailureReason::EngineLost, message), findings).await
-            }
+        if self.record().cancel.is_some() {
+            return self.end(Change::Cancelled { by: Some(self.me.clone()), findings }).await;
         }
-    }
-
-    async fn fail(&mut self, failure: Failure, findings: Findings) -> Result<(), LetGo> {
+        let failure = match (ending, ended.outcome.map(|outcome| outcome.result)) {
+            (Ending::Deadline, Some(RunResult::Failed(failure))) if failure.reason == FailureReason::Timeout => failure,
+            (Ending::Deadline, _) => self.took_too_long(&findings),
+            (_, Some(RunResult::Failed(failure))) => failure,
+            (_, Some(RunResult::Pushed(digest))) => {
+                let message = format!("the builder reported {digest}, but the image is not there");
+                Failure::new(FailureReason::ImageMissing, message)
+            }
+            (Ending::GaveUp(failure), None) => failure,
+            (Ending::Natural, None) if self.record().attempt < limits::ATTEMPTS => {
+                let attempt = self.record().attempt;
+                return self.retry(&format!("attempt {attempt} was lost: its builder vanished without an outcome")).await;
+            }
+            (Ending::Natural, None) => {
+                let message = format!("the builder vanished {} times without an outcome", self.record().attempt);
+                Failure::new(FailureReason::EngineLost, message)
+            }
+        };
         self.end(Change::Failed { by: Some(self.me.clone()), failure, findings }).await
     }
 
-    /// The digest that this build put at its target, if it did.
-    async fn pushed(&mut self, ended: &Ended) -> Result<Option<Digest>, LetGo> {
-        for look in 0..2 {
-            if look > 0 {
-                self.pause(IN_FLIGHT).await?;
-            }
-            let found = self.find_target().await?;
-            let ours = match (&ended.outcome, &ended.recorded) {
-                (Some(outcome), recorded) => match &outcome.result {
-                    RunResult::Pushed(digest) => found.as_ref() == Some(digest),
-                    // It had not come to the PUT: there is nothing to wait for.
-                    RunResult::Failed(_) if recorded.is_none() => return Ok(None),
-                    RunResult::Failed(_) => found == *recorded,
-                },
-                (None, Some(recorded)) => found.as_ref() == Some(recorded),
-                // What it recorded can't be read: an image that wasn't there before is this build's.
-                (None, None) => found.is_some() && found != self.record().digest_before,
-            };
-            if ours {
-                return Ok(found);
+    /// Revokes the run, so that no builder of it begins or goes on, and waits until nothing of it can push. Of a run that has
+    /// left no outcome it is read again afterwards: one that began late may have written one.
+    async fn revoked(&mut self, ended: Ended) -> Result<Ended, LetGo> {
+        let run = self.record().run();
+        while let Err(error) = self.shared.engine.revoke(&run).await {
+            tracing::warn!(build.id = %run.build(), "run `{run}` can't be revoked now: {error}");
+            self.pause(REGISTRY_PAUSE).await?;
+        }
+        if ended.outcome.is_some() {
+            return Ok(ended);
+        }
+        loop {
+            match self.observe().await? {
+                Observed::Running(handle) => {
+                    if let Err(error) = self.shared.engine.cancel(&run).await {
+                        tracing::warn!(build.id = %run.build(), "run `{run}` can't be stopped now: {error}");
+                    }
+                    if let Some(ended) = self.wait_for(&handle).await? {
+                        return Ok(ended);
+                    }
+                }
+                Observed::Ended(ended) => return Ok(ended),
+                Observed::Absent => return Ok(Ended::default()),
             }
         }
-        Ok(None)
+    }
+
+    /// The digest that this build put at its target, if it did: the one that its builder reported or recorded; and, asked
+    /// for the last time, any that was not there before, for what was recorded may be lost.
+    async fn pushed(&mut self, ended: &Ended) -> Result<Option<Digest>, LetGo> {
+        let reported = ended.outcome.as_ref().and_then(|outcome| match &outcome.result {
+            RunResult::Pushed(digest) => Some(digest),
+            RunResult::Failed(_) => None,
+        });
+        let mut found = self.find_target().await?;
+        let ours = |found: &Option<Digest>| {
+            found.is_some() && (found.as_ref() == reported || *found == ended.recorded)
+        };
+        // A builder that failed before it recorded a digest has PUT nothing: there is nothing under way.
+        let under_way = ended.recorded.is_some() || ended.outcome.is_none() || reported.is_some();
+        if !ours(&found) && under_way {
+            self.pause(IN_FLIGHT).await?;
+            found = self.find_target().await?;
+        }
+        let is_new = found.is_some() && found != self.record().digest_before;
+        Ok(if ours(&found) || is_new { found } else { None })
     }
 
     /// What lies at the target, asked until the registry answers: a build's end is never guessed.

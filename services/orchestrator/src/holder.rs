@@ -7,30 +7,29 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use kiln_bus::journal::{AppendError, Entry};
+use kiln_bus::journal::Entry;
 use kiln_domain::engine::{EngineError, Handle, Observed};
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::id::InstanceId;
 use kiln_domain::record::Record;
-use kiln_domain::run::{Ended, Findings, RunSecrets, RunSpec, Work};
-use kiln_domain::source::Source;
+use kiln_domain::run::Ended;
 use kiln_domain::transition::Change;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 use crate::Shared;
-use crate::conclude::Stopped;
+use crate::conclude::{Ending, IN_FLIGHT};
 
 /// Between two tries of what the engine can't do now.
-const ENGINE_PAUSE: Duration = Duration::from_secs(1);
-/// Before the first restart after a lost builder; each later one waits twice as long.
-const RETRY_PAUSE: Duration = Duration::from_secs(2);
+pub(crate) const ENGINE_PAUSE: Duration = Duration::from_secs(1);
+/// What is said of a build that nobody started in time.
+pub(crate) const QUEUE_EXPIRED: &str = "nobody had a free slot for it in time";
 /// How much later than the builder itself the holder acts on the deadline: the builder knows better what it was at.
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
 
 /// Why a build is let go of without its end.
 pub(crate) enum LetGo {
-    /// The claim is no longer ours, or the build is over.
+    /// The claim is no longer ours.
     Lost,
     /// The process is asked to end.
     Asked,
@@ -78,11 +77,11 @@ impl Held<'_> {
             match self.record().handle.clone() {
                 _ if self.record().cancel.is_some() => {
                     let ended = self.stop_builder().await?;
-                    self.conclude(ended, Some(Stopped::Cancelled)).await?;
+                    self.conclude(ended, Ending::Natural).await?;
                 }
                 None if self.queue_time_is_up() => {
-                    let message = "nobody had a free slot for it in time";
-                    self.end(failed(FailureReason::QueueExpired, message, &self.me)).await?;
+                    let failure = Failure::new(FailureReason::QueueExpired, QUEUE_EXPIRED);
+                    self.conclude(Ended::default(), Ending::GaveUp(failure)).await?;
                 }
                 None => self.start().await?,
                 Some(handle) => {
@@ -110,35 +109,38 @@ impl Held<'_> {
     async fn start(&mut self) -> Result<(), LetGo> {
         let run = self.record().run();
         // Only the first holder of a first attempt knows that nobody can have started it.
-        if self.record().claims > 1 || self.record().attempt > 1 {
+        if self.record().claims > 1 {
             match self.observe().await? {
                 Observed::Running(handle) => return self.started(handle).await,
-                Observed::Ended(ended) => return self.conclude(ended, None).await,
-                Observed::Absent if self.record().claims > 1 && self.image_is_new().await? => {
-                    return self.conclude(Ended::default(), None).await;
+                Observed::Ended(ended) => return self.conclude(ended, Ending::Natural).await,
+                Observed::Absent => {
+                    // What another holder started may be lost whole; its last PUT may still be under way.
+                    self.pause(IN_FLIGHT).await?;
+                    if self.image_is_new().await? {
+                        return self.conclude(Ended::default(), Ending::Natural).await;
+                    }
                 }
-                Observed::Absent => {}
             }
         }
-        let spec = match self.spec() {
-            Ok(spec) => spec,
-            Err(message) => return self.end(failed(FailureReason::Internal, message, &self.me)).await,
+        let ready = match (self.spec(), self.secrets().await) {
+            (Ok(spec), Ok(secrets)) => Ok((spec, secrets)),
+            (_, Err(None)) => return self.pause(ENGINE_PAUSE).await,
+            (Err(message), _) | (_, Err(Some(message))) => Err(message),
         };
-        let secrets = match self.secrets().await {
-            Ok(secrets) => secrets,
-            Err(Some(message)) => return self.end(failed(FailureReason::Internal, message, &self.me)).await,
-            Err(None) => return self.pause(ENGINE_PAUSE).await,
+        let (spec, secrets) = match ready {
+            Ok(ready) => ready,
+            Err(message) => {
+                let failure = Failure::new(FailureReason::Internal, message);
+                return self.conclude(Ended::default(), Ending::GaveUp(failure)).await;
+            }
         };
+        self.check()?;
         match self.shared.engine.start(&spec, &secrets).await {
             Ok(handle) => self.started(handle).await,
-            Err(EngineError::Rejected(failure)) => {
-                let change = Change::Failed { by: Some(self.me.clone()), failure, findings: Findings::default() };
-                self.end(change).await
-            }
+            Err(EngineError::Rejected(failure)) => self.conclude(Ended::default(), Ending::GaveUp(failure)).await,
             // Revoked by one who took this run for lost and then lost its claim before it could say so.
             Err(EngineError::Revoked | EngineError::Gone) => {
-                let ended = self.wait_for_end(None).await?;
-                self.conclude(ended, None).await
+                self.conclude(Ended::default(), Ending::Natural).await
             }
             Err(error @ EngineError::Unavailable(_)) => {
                 tracing::warn!(build.id = %run.build(), "run `{run}` can't be started yet: {error}");
@@ -170,8 +172,10 @@ impl Held<'_> {
             let changed = self.changed();
             tokio::select! {
                 ended = &mut ended => return match ended {
-                    Ok(ended) => self.conclude(ended, None).await,
-                    Err(EngineError::Gone | EngineError::Revoked) => self.conclude(Ended::default(), None).await,
+                    Ok(ended) => self.conclude(ended, Ending::Natural).await,
+                    Err(EngineError::Gone | EngineError::Revoked) => {
+                        self.conclude(Ended::default(), Ending::Natural).await
+                    }
                     Err(error) => {
                         tracing::warn!(build.id = %run.build(), "run `{run}` can't be watched now: {error}");
                         self.pause(ENGINE_PAUSE).await
@@ -179,7 +183,7 @@ impl Held<'_> {
                 },
                 () = &mut deadline => {
                     let ended = self.stop_builder().await?;
-                    return self.conclude(ended, Some(Stopped::Deadline)).await;
+                    return self.conclude(ended, Ending::Deadline).await;
                 }
                 change = changed => if self.take(change)? { return Ok(()) },
             }
@@ -215,7 +219,7 @@ impl Held<'_> {
     }
 
     /// Takes a newer event as the tail. `true` if what is to be done may be another thing now.
-    fn take(&mut self, newer: Option<Entry>) -> Result<bool, LetGo> {
+    pub(crate) fn take(&mut self, newer: Option<Entry>) -> Result<bool, LetGo> {
         self.check()?;
         let Some(newer) = newer.filter(|newer| newer.sequence > self.tail.sequence) else { return Ok(false) };
         let before = std::mem::replace(&mut self.tail, newer);
@@ -251,47 +255,22 @@ impl Held<'_> {
                 }
             }
         }
-        let handle = self.record().handle.clone();
-        self.wait_for_end(handle).await
+        match self.record().handle.clone() {
+            Some(handle) => Ok(self.wait_for(&handle).await?.unwrap_or_default()),
+            None => Ok(Ended::default()),
+        }
     }
 
-    /// Waits until nothing of the present run can push. A run that is absent, or left no outcome, is revoked first: a
-    /// start that is still under way somewhere then finds that it must not begin.
-    pub(crate) async fn wait_for_end(&mut self, handle: Option<Handle>) -> Result<Ended, LetGo> {
-        let run = self.record().run();
-        let mut handle = handle;
+    /// Waits for a run's end; `None` where the engine can't say, and it is to be observed.
+    pub(crate) async fn wait_for(&mut self, handle: &Handle) -> Result<Option<Ended>, LetGo> {
+        let (engine, run) = (self.shared.engine.clone(), self.record().run());
+        let ended = engine.ended(&run, handle);
+        tokio::pin!(ended);
         loop {
-            if let Some(known) = handle.take() {
-                let engine = self.shared.engine.clone();
-                let ended = engine.ended(&run, &known);
-                tokio::pin!(ended);
-                let outcome = loop {
-                    tokio::select! {
-                        ended = &mut ended => break ended,
-                        () = tokio::time::sleep(Duration::from_secs(1)) => self.check()?,
-                        () = self.stop.cancelled() => return Err(LetGo::Asked),
-                    }
-                };
-                if let Ok(ended) = outcome
-                    && ended.outcome.is_some()
-                {
-                    return Ok(ended);
-                }
-            }
-            if let Err(error) = self.shared.engine.revoke(&run).await {
-                tracing::warn!(build.id = %run.build(), "run `{run}` can't be revoked now: {error}");
-                self.pause(ENGINE_PAUSE).await?;
-                continue;
-            }
-            match self.observe().await? {
-                Observed::Running(running) => {
-                    if let Err(error) = self.shared.engine.cancel(&run).await {
-                        tracing::warn!(build.id = %run.build(), "run `{run}` can't be stopped now: {error}");
-                    }
-                    handle = Some(running);
-                }
-                Observed::Ended(ended) => return Ok(ended),
-                Observed::Absent => return Ok(Ended::default()),
+            tokio::select! {
+                ended = &mut ended => return Ok(ended.ok()),
+                () = tokio::time::sleep(Duration::from_secs(1)) => self.check()?,
+                () = self.stop.cancelled() => return Err(LetGo::Asked),
             }
         }
     }
@@ -302,104 +281,6 @@ impl Held<'_> {
         Ok(found.is_some() && found != self.record().digest_before)
     }
 
-    fn spec(&self) -> Result<RunSpec, String> {
-        let record = self.record();
-        let parse = |reference: &str| reference.parse().map_err(|error| format!("a record can't be read: {error}"));
-        let base_ref = parse(&record.base_ref)?;
-        let work = match (&record.source, &record.commit) {
-            (Source::Dockerfile(source), Some(commit)) if !record.base_exists => {
-                Work::Build { source: source.clone(), commit: commit.clone(), base_ref }
-            }
-            (Source::Dockerfile(_), None) => return Err("the record has no commit".into()),
-            _ => Work::Copy { from: base_ref, platform: kiln_domain::platform::Platform::default() },
-        };
-        Ok(RunSpec {
-            run: record.run(),
-            work,
-            target_ref: parse(&record.target_ref)?,
-            timeout_ms: record.timeout_ms,
-            no_cache: record.no_cache,
-            plain_http: self.shared.config.plain_http.clone(),
-            file_remotes: self.shared.config.file_remotes,
-            traceparent: record.traceparent.clone(),
-        })
-    }
-
-    /// The build's secrets, opened. `Err(None)`: they can't be read now.
-    async fn secrets(&self) -> Result<RunSecrets, Option<String>> {
-        let sealed = self.shared.secrets.get(&self.record().id).await.map_err(|error| {
-            tracing::warn!(build.id = %self.record().id, "the build's secrets can't be read now: {error}");
-            None
-        })?;
-        let sealed = sealed.ok_or_else(|| Some("the build's secrets are gone".to_owned()))?;
-        let secrets = kiln_bus::secrets::open(&self.shared.open_key, &sealed).map_err(|error| Some(error.to_string()))?;
-        Ok(RunSecrets {
-            git_username: secrets.git_username,
-            git_password: Some(secrets.git_password).filter(|password| !password.is_empty()).map(Into::into),
-            registries: secrets.registry.credentials.into_iter().map(|(host, pair)| (host, pair.into())).collect(),
-            mounts: secrets.mounts.into_iter().map(|(id, content)| (id, content.into())).collect(),
-        })
-    }
-
-    /// Appends a change of ours. `false` if it came too late: then the tail is another, and all is to be decided anew.
-    pub(crate) async fn append(&mut self, change: &Change) -> Result<bool, LetGo> {
-        loop {
-            // A holder that is asked to end may still append what it did.
-            match self.check() {
-                Ok(()) | Err(LetGo::Asked) => {}
-                lost @ Err(LetGo::Lost) => lost?,
-            }
-            match self.shared.journal.append(Some(&self.tail), change, &self.me).await {
-                Ok(entry) => {
-                    self.tail = entry;
-                    return Ok(true);
-                }
-                Err(AppendError::Lost | AppendError::Illegal(_)) => {
-                    let last = self.shared.journal.last_of_build(&self.record().id).await;
-                    match last {
-                        Ok(Some(last)) if last.sequence > self.tail.sequence => {
-                            let joined_only = last.record.cancel == self.record().cancel
-                                && last.record.claims == self.record().claims
-                                && !last.record.state.is_terminal();
-                            self.take(Some(last))?;
-                            // Somebody joined: what we were about to say is as true as before.
-                            if !joined_only {
-                                return Ok(false);
-                            }
-                        }
-                        Ok(_) => return Ok(false),
-                        Err(error) => {
-                            tracing::warn!(build.id = %self.record().id, "the journal can't be read now: {error}");
-                            tokio::time::sleep(ENGINE_PAUSE).await;
-                        }
-                    }
-                }
-                Err(AppendError::Bus(error)) => {
-                    tracing::warn!(build.id = %self.record().id, "`{}` can't be appended now: {error}", change.event());
-                    tokio::time::sleep(ENGINE_PAUSE).await;
-                }
-            }
-        }
-    }
-
-    /// Appends the build's end.
-    pub(crate) async fn end(&mut self, change: Change) -> Result<(), LetGo> {
-        if self.append(&change).await? {
-            self.shared.metrics.ended(&self.tail);
-        }
-        Ok(())
-    }
-
-    /// Appends `retrying`, then waits before the next attempt.
-    pub(crate) async fn retry(&mut self, why: &str) -> Result<(), LetGo> {
-        let pause = RETRY_PAUSE * self.record().attempt;
-        if self.append(&Change::Retrying { by: self.me.clone(), why: why.to_owned() }).await? {
-            self.shared.metrics.retried();
-            self.pause(pause).await?;
-        }
-        Ok(())
-    }
-
     /// Waits, unless we are to let go.
     pub(crate) async fn pause(&self, pause: Duration) -> Result<(), LetGo> {
         tokio::select! {
@@ -408,18 +289,4 @@ impl Held<'_> {
         }
         self.check()
     }
-
-    async fn release(&mut self) {
-        if self.record().state.is_terminal() {
-            return;
-        }
-        let change = Change::Released { by: self.me.clone() };
-        if self.append(&change).await.is_err() {
-            tracing::info!(build.id = %self.record().id, "the build was lost before it could be released");
-        }
-    }
-}
-
-fn failed(reason: FailureReason, message: impl Into<String>, by: &InstanceId) -> Change {
-    Change::Failed { by: Some(by.clone()), failure: Failure::new(reason, message), findings: Findings::default() }
 }

@@ -7,6 +7,7 @@
 //!   speak to a registry or a git remote myself.
 
 mod accept;
+mod append;
 mod cancel;
 mod claims;
 mod cleanup;
@@ -19,6 +20,7 @@ mod mask;
 mod metrics;
 mod queue;
 mod resolver;
+mod spec;
 
 use std::sync::Arc;
 
@@ -41,6 +43,9 @@ use crate::resolver::Resolver;
 
 /// The role's name: of its lease, and of its connection.
 pub const ROLE: &str = "orchestrator";
+
+/// Finished builds in its view: it acts on none of them, and looks up a few.
+const FINISHED_KEPT: usize = 500;
 
 /// What an orchestrator is given.
 pub struct Parts {
@@ -78,17 +83,9 @@ pub async fn run(
     let Parts { bus, engine, open_key, life, mut metrics } = parts;
     let tasks = TaskTracker::new();
     let ended = CancellationToken::new();
-    let view = View::start(&bus, &tasks, &ended);
-    let host = engine.host();
+    let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
     let holders =
-        Holders::start(&bus, ROLE, &life, host.as_deref(), &tasks).await.context("take a lease")?;
-    if let Some(host) = &host
-        && let Some(other) = holders.elsewhere(host).await.context("look for other hosts")?
-    {
-        holders.release().await;
-        ended.cancel();
-        anyhow::bail!("the {} engine is for one host, and {other} runs on another", engine.name());
-    }
+        Holders::start(&bus, ROLE, &life, engine.host().as_deref(), &tasks).await.context("take a lease")?;
     let shared = Arc::new(Shared {
         journal: Journal::open(&bus).await.context("open the journal")?,
         secrets: SecretsBucket::open(&bus).await.context("open the secrets")?,
@@ -101,12 +98,14 @@ pub async fn run(
         engine,
         open_key,
     });
-    shared.view.caught_up().await;
-    let server = Server::start(&bus, ROLE, &mut metrics).await.context("serve")?;
-    handlers::serve(&server, &shared).await.context("serve")?;
-    ready(metrics);
-    tokio::join!(claims::keep(&shared, &stop), cleanup::keep(&shared, &stop));
-    server.drain().await;
+    if stop.run_until_cancelled(shared.view.caught_up()).await.is_some() {
+        let server = Server::start(&bus, ROLE, &mut metrics).await.context("serve")?;
+        handlers::serve(&server, &shared).await.context("serve")?;
+        ready(metrics);
+        let cleaning = stop.run_until_cancelled(cleanup::keep(&shared));
+        tokio::join!(claims::keep(&shared, &stop), cleaning);
+        server.drain().await;
+    }
     shared.holders.release().await;
     ended.cancel();
     tasks.close();

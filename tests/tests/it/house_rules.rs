@@ -25,7 +25,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("kiln-testkit", &["kiln-domain", "kiln-contract", "kiln-bus", "kiln-registry", "kiln-proto"]),
     ("kiln-gateway", &["kiln-domain", "kiln-contract", "kiln-bus", "kiln-chassis", "kiln-proto"]),
     ("kiln-resolver", &["kiln-domain", "kiln-contract", "kiln-bus", "kiln-chassis", "kiln-registry"]),
-    ("kiln-orchestrator", &["kiln-domain", "kiln-contract", "kiln-bus", "kiln-chassis", "kiln-registry"]),
+    ("kiln-orchestrator", &["kiln-domain", "kiln-contract", "kiln-bus", "kiln-chassis"]),
     ("kiln-log-relay", &["kiln-domain", "kiln-contract", "kiln-bus", "kiln-chassis"]),
     ("kiln-cache-warmer", &["kiln-domain", "kiln-contract", "kiln-bus", "kiln-chassis"]),
     ("kiln", EVERYTHING_THAT_RUNS),

@@ -71,14 +71,15 @@ async fn a_former_lifes_leases_end_at_once() -> Result<()> {
 }
 
 #[tokio::test]
-async fn who_is_bound_to_another_host_is_seen() -> Result<()> {
+async fn a_second_host_is_refused_where_builders_are_bound_to_one() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;
     let tasks = TaskTracker::new();
     let here = Holders::start(&bus, "orchestrator", "", Some("here"), &tasks).await?;
     Holders::start(&bus, "log-relay", "", None, &tasks).await?;
-    ensure!(here.elsewhere("here").await?.is_none());
-    let there = Holders::start(&bus, "orchestrator", "", Some("there"), &tasks).await?;
-    ensure!(here.elsewhere("here").await? == there.me());
+    Holders::start(&bus, "log-relay", "", Some("here"), &tasks).await?;
+    let refused = Holders::start(&bus, "log-relay", "", Some("there"), &tasks).await.err();
+    ensure!(refused.is_some_and(|error| error.to_string().contains("bound to another")), "it was let in");
+    ensure!(here.me().is_some());
     Ok(())
 }

@@ -26,7 +26,7 @@ async fn it_holds_what_was_there_and_what_comes() -> Result<()> {
         let change = Change::Queued(Box::new(records::queued(&format!("i{n}"), [n; 10])?));
         queued.push(journal.append(None, &change, &by).await?);
     }
-    let view = View::start(&bus, &TaskTracker::new(), &CancellationToken::new());
+    let view = View::start(&bus, 100, &TaskTracker::new(), &CancellationToken::new());
     tokio::time::timeout(SOON, view.caught_up()).await?;
     ensure!(view.active().len() == 5);
     let over = Change::Cancelled { by: None, findings: Findings::default() };
@@ -44,7 +44,7 @@ async fn it_holds_what_was_there_and_what_comes() -> Result<()> {
 async fn an_empty_journal_is_caught_up_with() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;
-    let view = View::start(&bus, &TaskTracker::new(), &CancellationToken::new());
+    let view = View::start(&bus, 100, &TaskTracker::new(), &CancellationToken::new());
     tokio::time::timeout(SOON, view.caught_up()).await?;
     ensure!(view.active().is_empty());
     Ok(())
@@ -57,7 +57,7 @@ async fn a_cut_loses_nothing() -> Result<()> {
     let journal = Journal::open(&bus).await?;
     let wire = Wire::to(&server.address()).await?;
     let far = connect(&format!("nats://{}", wire.address())).await?;
-    let view = View::start(&far, &TaskTracker::new(), &CancellationToken::new());
+    let view = View::start(&far, 100, &TaskTracker::new(), &CancellationToken::new());
     tokio::time::timeout(SOON, view.caught_up()).await?;
     wire.cut();
     let mut last = 0;

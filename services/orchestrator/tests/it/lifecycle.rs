@@ -167,3 +167,44 @@ async fn the_deadline_ends_a_build_whose_builder_does_not() -> Result<()> {
     ensure!(over.record.reason == Some(FailureReason::Timeout), "{over:?}");
     Ok(())
 }
+
+#[tokio::test]
+async fn who_waits_too_long_is_told_though_no_slot_is_free() -> Result<()> {
+    let stage = Stage::set().await?;
+    let _orchestrator = stage.orchestrator(Config { slots: 1, queue_limit_seconds: 1, ..config() }).await?;
+    let running = stage.begin("x", |_| {}).await?;
+    stage.until(&running.id, |entry| entry.record.state == State::Running).await?;
+    let waiting = stage.begin("y", |_| {}).await?;
+    let over = stage.until(&waiting.id, |entry| entry.record.state.is_terminal()).await?.record;
+    ensure!((over.reason, over.claims) == (Some(FailureReason::QueueExpired), 0), "{over:?}");
+    let still = stage.journal.last_of_build(&running.id).await?;
+    ensure!(still.is_some_and(|entry| entry.record.state == State::Running));
+    Ok(())
+}
+
+/// A holder that gives a build up judges it as any other end: an earlier one may have started it.
+#[tokio::test]
+async fn a_build_given_up_was_started_by_an_earlier_holder_all_the_same() -> Result<()> {
+    let stage = Stage::set().await?;
+    let mut record = kiln_testkit::records::queued("x", [2; 10])?;
+    record.queue_limit_ms = 1;
+    let by = kiln_domain::id::InstanceId::new("orchestrator", 1)?;
+    let queued = kiln_domain::transition::Change::Queued(Box::new(record.clone()));
+    let queued = stage.journal.append(None, &queued, &by).await?;
+    let claimed = kiln_domain::transition::Change::Claimed { by: by.clone() };
+    stage.journal.append(Some(&queued), &claimed, &by).await?;
+    let run = RunId::new(&record.id, 1);
+    stage.engine.begin(&run);
+    let _orchestrator = stage.orchestrator(config()).await?;
+    // It is stopped before anything is said of it, and what it had pushed by then counts.
+    while !stage.engine.is_cancelled(&run) {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    let running = stage.journal.last_of_build(&record.id).await?;
+    ensure!(running.is_some_and(|entry| !entry.record.state.is_terminal()), "nothing is said while it may push");
+    let digest = Digest::of(b"image");
+    stage.succeed(&record, &digest);
+    let over = stage.until(&record.id, |entry| entry.record.state.is_terminal()).await?.record;
+    ensure!((over.state, over.digest) == (State::Succeeded, Some(digest)));
+    Ok(())
+}

@@ -45,6 +45,7 @@ async fn an_image_that_is_there_is_said_to_be_unless_forced() -> Result<()> {
     let forced = stage.begin("x", |question| question.force = true).await?;
     ensure!(forced.id != built.id && forced.digest_before == Some(digest));
     ensure!(stage.ask("x", |question| question.force = true).await?.joined, "a forced one joins too");
+    ensure!(stage.ask("x", |_| {}).await?.already_built.is_some(), "an unforced one has its image, whatever is built");
     Ok(())
 }
 

@@ -1,0 +1,48 @@
+//! What a builder is given, made of the build's record and its opened secrets.
+
+use kiln_domain::platform::Platform;
+use kiln_domain::run::{RunSecrets, RunSpec, Work};
+use kiln_domain::source::Source;
+
+use crate::holder::Held;
+
+impl Held<'_> {
+    pub(crate) fn spec(&self) -> Result<RunSpec, String> {
+        let record = self.record();
+        let parse = |reference: &str| reference.parse().map_err(|error| format!("a record can't be read: {error}"));
+        let base_ref = parse(&record.base_ref)?;
+        let work = match (&record.source, &record.commit) {
+            (Source::Dockerfile(source), Some(commit)) if !record.base_exists => {
+                Work::Build { source: source.clone(), commit: commit.clone(), base_ref }
+            }
+            (Source::Dockerfile(_), None) => return Err("the record has no commit".into()),
+            _ => Work::Copy { from: base_ref, platform: Platform::default() },
+        };
+        Ok(RunSpec {
+            run: record.run(),
+            work,
+            target_ref: parse(&record.target_ref)?,
+            timeout_ms: record.timeout_ms,
+            no_cache: record.no_cache,
+            plain_http: self.shared.config.plain_http.clone(),
+            file_remotes: self.shared.config.file_remotes,
+            traceparent: record.traceparent.clone(),
+        })
+    }
+
+    /// The build's secrets, opened. `Err(None)`: they can't be read now.
+    pub(crate) async fn secrets(&self) -> Result<RunSecrets, Option<String>> {
+        let sealed = self.shared.secrets.get(&self.record().id).await.map_err(|error| {
+            tracing::warn!(build.id = %self.record().id, "the build's secrets can't be read now: {error}");
+            None
+        })?;
+        let sealed = sealed.ok_or_else(|| Some("the build's secrets are gone".to_owned()))?;
+        let secrets = kiln_bus::secrets::open(&self.shared.open_key, &sealed).map_err(|error| Some(error.to_string()))?;
+        Ok(RunSecrets {
+            git_username: secrets.git_username,
+            git_password: Some(secrets.git_password).filter(|password| !password.is_empty()).map(Into::into),
+            registries: secrets.registry.credentials.into_iter().map(|(host, pair)| (host, pair.into())).collect(),
+            mounts: secrets.mounts.into_iter().map(|(id, content)| (id, content.into())).collect(),
+        })
+    }
+}
