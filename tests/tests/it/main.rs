@@ -3,5 +3,6 @@
 #![cfg(test)]
 
 mod house_rules;
+mod model;
 mod schemas;
 mod system;

@@ -1,7 +1,7 @@
 //! Runs, their builder processes, and the registry that these push to.
 
-use super::rules::Rules;
 use super::journal::{BEFORE, Image};
+use super::rules::Rules;
 
 /// What there is of one attempt: the run's folder, and the processes that were started for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]

@@ -1,5 +1,7 @@
 //! An orchestrator's algorithm: "Holders and claims" and "Running a build" of the design, one outside act a step.
 
+use std::sync::Arc;
+
 use kiln_domain::failure::FailureReason;
 use kiln_domain::id::InstanceId;
 use kiln_domain::limits;
@@ -16,6 +18,7 @@ pub(super) struct Holder {
     pub(super) index: u8,
     /// Each life is an instance of its own.
     pub(super) life: u8,
+    pub(super) instance: Arc<InstanceId>,
     /// Its lease is in the bucket.
     pub(super) lease: bool,
     /// The last event that it read, of a build that it acts on: every append expects this sequence.
@@ -31,7 +34,9 @@ pub(super) enum Phase {
     /// It has no claim.
     Idle,
     /// Its claim, not started: look whether a run is there. `first`: nobody can have started it before.
-    Observe { first: bool },
+    Observe {
+        first: bool,
+    },
     /// None is there: look, 2 s later, whether the target has changed.
     AskBefore,
     Start,
@@ -77,11 +82,13 @@ pub(super) enum Answer {
 impl Holder {
     /// It begins knowing nothing.
     pub(super) fn new(index: u8, life: u8) -> Self {
-        Self { index, life, lease: true, known: None, phase: Phase::Idle, gives_up: false }
+        let instance = InstanceId::new("o", u64::from(index * 16 + life)).expect("an instance id");
+        let instance = Arc::new(instance);
+        Self { index, life, instance, lease: true, known: None, phase: Phase::Idle, gives_up: false }
     }
 
-    pub(super) fn instance(&self) -> InstanceId {
-        InstanceId::new("o", u64::from(self.index * 16 + self.life)).expect("an instance id")
+    pub(super) fn holds(&self, record: &Record) -> bool {
+        record.claimed_by.as_ref() == Some(&*self.instance)
     }
 
     /// It comes back as a new instance.
@@ -93,7 +100,7 @@ impl Holder {
     pub(super) fn read(&mut self, last: &Entry) {
         self.phase = match &*last.record {
             record if record.state.is_terminal() => Phase::Idle,
-            record if record.claimed_by.as_ref() != Some(&self.instance()) => Phase::Idle,
+            record if !self.holds(record) => Phase::Idle,
             record if record.cancel.is_some() => Phase::Stop,
             record if record.handle.is_some() => Phase::Watch,
             _ => Phase::Observe { first: false },
@@ -123,7 +130,7 @@ pub(super) fn step(system: &mut System, rules: &Rules, me: usize, answer: Answer
         Answer::LostAfter | Answer::LostBefore if appends => system.faults.suffer(Fault::LostAck)?,
         _ => return None,
     }
-    let mine = record.claimed_by == Some(holder.instance());
+    let mine = holder.holds(record);
     let free = system.is_free(record);
     let orphaned = system.has_orphaned_put();
     let run = system.runs.get_mut(attempt)?;
@@ -132,7 +139,11 @@ pub(super) fn step(system: &mut System, rules: &Rules, me: usize, answer: Answer
     let next = match holder.phase {
         Phase::Observe { .. } | Phase::Start if answer == Answer::GivesUp => {
             system.holders.get_mut(me)?.gives_up = true;
-            if rules.every_end_is_judged { judge } else { Phase::Append(Act::Failed(FailureReason::Internal)) }
+            if rules.every_end_is_judged {
+                judge
+            } else {
+                Phase::Append(Act::Failed(FailureReason::Internal))
+            }
         }
         Phase::Idle => {
             if record.state.is_terminal() || !holder.lease || !(free || mine) {
@@ -182,9 +193,9 @@ pub(super) fn step(system: &mut System, rules: &Rules, me: usize, answer: Answer
             }
             let found = Found { outcome: run.outcome, recorded: run.recorded };
             match found.image(rules, system.registry.tag, !rules.asked_again) {
-            Some(image) => Phase::Append(Act::Succeeded(image)),
-            None if rules.asked_again => Phase::AskAgain(found),
-            None => found.otherwise(rules, &holder, record),
+                Some(image) => Phase::Append(Act::Succeeded(image)),
+                None if rules.asked_again => Phase::AskAgain(found),
+                None => found.otherwise(rules, &holder, record),
             }
         }
         Phase::AskAgain(_) if orphaned => return None,
@@ -211,7 +222,7 @@ pub(super) fn step(system: &mut System, rules: &Rules, me: usize, answer: Answer
 
 fn append(system: &mut System, rules: &Rules, me: usize, act: Act, answer: Answer) -> Option<()> {
     let holder = system.holders.get_mut(me)?;
-    let append = Append { after: holder.known.clone()?, by: Some(holder.instance()), act };
+    let append = Append { after: holder.known.clone()?, by: Some(InstanceId::clone(&holder.instance)), act };
     if answer == Answer::LostBefore {
         if system.on_its_way.is_some() {
             return None;

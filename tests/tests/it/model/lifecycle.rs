@@ -6,11 +6,11 @@ use kiln_domain::failure::FailureReason;
 use kiln_domain::record::{Record, State};
 use stateright::{Model, Property};
 
-use super::rules::Rules;
 use super::builder::{Builder, Registry, Run, Stage};
 use super::faults::{Fault, Faults};
 use super::holder::{Answer, Holder, Phase, step};
 use super::journal::{Act, Append, Entry, Journal, digest};
+use super::rules::Rules;
 
 pub(super) struct Lifecycle {
     pub(super) rules: Rules,
@@ -77,8 +77,7 @@ impl Hash for System {
         let last = &self.journal.last;
         let summary = |entry: &Entry| {
             let record = &entry.record;
-            let by = |holder: &Holder| record.claimed_by.as_ref() == Some(&holder.instance());
-            let holder = self.holders.iter().position(by);
+            let holder = self.holders.iter().position(|holder| holder.holds(record));
             let asked = (record.handle.is_some(), record.cancel.is_some());
             let end = (record.state, record.reason, record.digest.clone());
             (entry.sequence == last.sequence, record.attempt, record.claims.min(2), holder, asked, end)
@@ -89,7 +88,7 @@ impl Hash for System {
         }
         if let Some(append) = &self.on_its_way {
             (summary(&append.after), append.act, &append.by, &append.after.record.claimed_by).hash(hasher);
-            self.holders.each_ref().map(Holder::instance).hash(hasher);
+            self.holders.each_ref().map(|holder| holder.life).hash(hasher);
         }
         match &self.canceller {
             Canceller::Reads => 0.hash(hasher),
@@ -103,8 +102,7 @@ impl Hash for System {
 impl System {
     /// No live instance has the claim. (The holder's key is read from the leader.)
     pub(super) fn is_free(&self, record: &Record) -> bool {
-        let live = |holder: &&Holder| holder.lease;
-        !self.holders.iter().filter(live).any(|live| record.claimed_by.as_ref() == Some(&live.instance()))
+        !self.holders.iter().any(|holder| holder.lease && holder.holds(record))
     }
 
     /// A PUT is in flight whose sender is dead.
@@ -175,7 +173,9 @@ impl System {
                 Some(())
             }
             Action::Cancel => self.cancel(rules),
-            Action::Begin(run) => self.runs.get_mut(run)?.begin(if model.reproducible { None } else { u8::try_from(run).ok() }),
+            Action::Begin(run) => {
+                self.runs.get_mut(run)?.begin(if model.reproducible { None } else { u8::try_from(run).ok() })
+            }
             Action::Proceed(run) => self.runs.get_mut(run)?.proceed(rules, &mut self.registry),
             Action::Fail(run) => self.runs.get_mut(run)?.fail(false),
             Action::PushSeemsToFail(run) => {
@@ -282,7 +282,8 @@ impl Model for Lifecycle {
             Property::always("state and image agree", agree),
             Property::always("nothing runs on for nobody", |_, system: &System| {
                 let Registry { tag, in_flight, .. } = system.registry;
-                let quiet = !system.runs.iter().any(Run::is_at_work) && in_flight.is_none_or(|image| image == tag);
+                let quiet =
+                    !system.runs.iter().any(Run::is_at_work) && in_flight.is_none_or(|image| image == tag);
                 quiet || !system.ended()
             }),
             Property::eventually("the build ends", |_, system: &System| system.ended()),
@@ -316,10 +317,13 @@ fn sometimes() -> Vec<Property<Lifecycle>> {
         Property::sometimes("fails because the engine refuses", |_, system: &System| {
             system.record().reason == Some(FailureReason::Internal)
         }),
-        Property::sometimes("succeeds in its second attempt, under its second holder", |_, system: &System| {
-            let record = system.record();
-            ended(system, State::Succeeded) && record.attempt == 2 && record.claims == 2
-        }),
+        Property::sometimes(
+            "succeeds in its second attempt, under its second holder",
+            |_, system: &System| {
+                let record = system.record();
+                ended(system, State::Succeeded) && record.attempt == 2 && record.claims == 2
+            },
+        ),
         Property::sometimes("cancelled before a claim", |model: &Lifecycle, system: &System| {
             let unclaimed = ended(system, State::Cancelled) && system.record().claims == 0;
             unclaimed || !model.cancel

@@ -1,12 +1,12 @@
 //! A log-relay's algorithm: "Logs" of the design, one outside act a step.
 
-use super::rules::Rules;
 use super::faults::Fault;
 use super::holder::Answer;
 use super::log::{Cursor, Message, SECRET, System};
+use super::rules::Rules;
 
 /// A process that may write the log.
-#[derive(Clone, Debug, PartialEq, Hash)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Relay {
     pub(super) index: u8,
     pub(super) life: u8,
@@ -14,7 +14,7 @@ pub(super) struct Relay {
     pub(super) phase: Phase,
 }
 
-#[derive(Clone, Debug, PartialEq, Hash)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) enum Phase {
     Idle,
     /// It is the writer, as far as it knows.
@@ -27,7 +27,7 @@ pub(super) enum Phase {
 }
 
 /// Where a writer is.
-#[derive(Clone, Debug, PartialEq, Hash)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Place {
     /// Of the log's last message, as far as it knows: every append expects it.
     sequence: u8,
@@ -50,7 +50,13 @@ impl Relay {
 }
 
 /// The next step of relay `me`, which gets at most `bytes` of the source; none where it waits.
-pub(super) fn step(system: &mut System, rules: &Rules, me: usize, bytes: usize, answer: Answer) -> Option<()> {
+pub(super) fn step(
+    system: &mut System,
+    rules: &Rules,
+    me: usize,
+    bytes: usize,
+    answer: Answer,
+) -> Option<()> {
     let relay = system.relays.get(me)?.clone();
     let instance = relay.instance();
     match answer {
@@ -151,7 +157,29 @@ fn read(system: &System, rules: &Rules, me: u8, place: Place, bytes: usize) -> O
     Some(Phase::Append(next, message))
 }
 
+impl Phase {
+    pub(super) fn place(&self) -> Option<&Place> {
+        match self {
+            Self::Idle => None,
+            Self::Read(place) | Self::SaveCursor(place) => Some(place),
+            Self::Append(place, _) | Self::Unsure(place, _) => Some(place),
+        }
+    }
+
+    pub(super) fn message(&self) -> Option<&Message> {
+        match self {
+            Self::Append(_, message) | Self::Unsure(_, message) => Some(message),
+            Self::Idle | Self::Read(_) | Self::SaveCursor(_) => None,
+        }
+    }
+}
+
 impl Place {
+    /// What can make a difference in it.
+    pub(super) fn summary(&self, last: u8) -> (bool, u8, Cursor, &[u8]) {
+        (self.sequence == last, self.offset, self.cursor, &self.held)
+    }
+
     /// The message is stored, at `sequence`.
     fn after(self, rules: &Rules, message: &Message, sequence: u8) -> Phase {
         let place = Self { sequence, offset: message.end, ..self };
