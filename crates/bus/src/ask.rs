@@ -18,6 +18,9 @@ use crate::trace;
 /// the whole deadline. Every question is idempotent.
 const ASK_AGAIN_AFTER: Duration = Duration::from_millis(500);
 
+/// While an answer is waited for, the bus itself must answer within this time.
+const ALIVE_WITHIN: Duration = Duration::from_secs(2);
+
 impl Bus {
     /// Asks and waits for the answer, at most `within`.
     ///
@@ -47,20 +50,32 @@ impl Bus {
             let first = ask();
             tokio::pin!(first);
             tokio::select! {
-                answer = &mut first => return answer,
+                answer = &mut first => return Some(answer),
                 () = tokio::time::sleep(ASK_AGAIN_AFTER) => {}
             }
             let second = ask();
             tokio::pin!(second);
+            let alive = async {
+                while self.answers(ALIVE_WITHIN).await {
+                    tokio::time::sleep(ALIVE_WITHIN).await;
+                }
+            };
             // An error of one is no answer while the other may still come: its asker may be at work on it.
+            let either = async {
+                tokio::select! {
+                    answer = &mut first => if answer.is_ok() { answer } else { second.await },
+                    answer = &mut second => if answer.is_ok() { answer } else { first.await },
+                }
+            };
             tokio::select! {
-                answer = &mut first => if answer.is_ok() { answer } else { second.await },
-                answer = &mut second => if answer.is_ok() { answer } else { first.await },
+                answer = either => Some(answer),
+                () = alive => None,
             }
         };
         let message = tokio::time::timeout(within, answers)
             .await
             .map_err(|_| late::<Q>(within))?
+            .ok_or_else(|| unavailable::<Q>("the bus does not answer"))?
             .map_err(|error| match error.kind() {
                 RequestErrorKind::NoResponders => unavailable::<Q>("none of its instances runs"),
                 RequestErrorKind::TimedOut => late::<Q>(within),

@@ -4,11 +4,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use async_nats::client::RequestErrorKind;
 use async_nats::jetstream;
 use async_nats::{Client, ConnectOptions, Event};
+use kiln_contract::subject;
 use secrecy::{ExposeSecret as _, SecretString};
 
 use crate::error::BusError;
+
+/// How long an end waits for the bus.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Where the bus is and who we are to it.
 #[derive(Clone, Debug)]
@@ -115,6 +120,16 @@ impl Bus {
         self.client.connection_state() == async_nats::connection::State::Connected
     }
 
+    /// Whether the server answers: a connection may stand while nobody is behind it.
+    pub async fn answers(&self, within: Duration) -> bool {
+        let request = async_nats::Request::new().timeout(Some(within));
+        let answer = self.client.send_request(subject::NOBODY, request);
+        // That nobody is there to answer is the server's own answer.
+        let alive = |error: &async_nats::RequestError| error.kind() == RequestErrorKind::NoResponders;
+        self.is_connected()
+            && matches!(tokio::time::timeout(within, answer).await, Ok(Err(error)) if alive(&error))
+    }
+
     /// The largest message that the server takes, in bytes.
     pub fn max_payload(&self) -> usize {
         self.client.max_payload()
@@ -129,13 +144,18 @@ impl Bus {
         ]
     }
 
-    /// Sends what is queued and closes the connection.
+    /// Sends what is queued and closes the connection. A bus that is away isn't waited for.
     pub async fn close(self) {
-        if let Err(error) = self.client.flush().await {
+        let closing = async {
+            self.client.flush().await.map_err(|error| error.to_string())?;
+            self.client.drain().await.map_err(|error| error.to_string())
+        };
+        let closed = match self.is_connected() {
+            true => tokio::time::timeout(PATIENCE, closing).await.unwrap_or_else(|_| Err("no answer".into())),
+            false => Err("it is away".into()),
+        };
+        if let Err(error) = closed {
             tracing::warn!("the last messages to the bus may be lost: {error}");
-        }
-        if let Err(error) = self.client.drain().await {
-            tracing::warn!("the connection to the bus did not close cleanly: {error}");
         }
     }
 }

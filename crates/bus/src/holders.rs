@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::connection::Bus;
+use crate::connection::{Bus, PATIENCE};
 use crate::error::BusError;
 use crate::layout::LEASE;
 
@@ -162,8 +162,9 @@ impl Holders {
     pub async fn release(&self) {
         self.shared.released.cancel();
         let instance = self.mine().instance.clone();
-        if let Err(error) = self.shared.store.delete(instance.as_str()).await {
-            tracing::warn!("the lease of {instance} could not be ended, it will lapse: {error}");
+        let ended = tokio::time::timeout(PATIENCE, self.shared.store.delete(instance.as_str())).await;
+        if !matches!(ended, Ok(Ok(()))) {
+            tracing::warn!("the lease of {instance} could not be ended; it will lapse: {ended:?}");
         }
     }
 

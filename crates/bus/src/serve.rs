@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
 
-use crate::connection::Bus;
+use crate::connection::{Bus, PATIENCE};
 use crate::error::BusError;
 use crate::trace;
 
@@ -110,14 +110,17 @@ impl Server {
     /// Takes no further question, and waits (bounded) for the answers under way.
     pub async fn drain(self) {
         self.stop.cancel();
-        if let Err(error) = self.service.stop().await {
-            tracing::warn!("the service did not stop cleanly: {error}");
+        match tokio::time::timeout(PATIENCE, self.service.stop()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!("the service did not stop cleanly: {error}"),
+            Err(_) => tracing::warn!("the service did not stop cleanly: the bus does not answer"),
         }
         self.tasks.close();
         if tokio::time::timeout(Duration::from_secs(10), self.tasks.wait()).await.is_err() {
             tracing::warn!("some questions were not answered in time at the end");
         }
-        let _ = self.bus.client.flush().await;
+        // A bus that is away isn't waited for: the answers would come too late.
+        let _ = tokio::time::timeout(PATIENCE, self.bus.client.flush()).await;
     }
 }
 

@@ -40,6 +40,13 @@ pub(crate) fn adopt(span: &tracing::Span, headers: Option<&HeaderMap>) {
     }
 }
 
+/// Makes `span` a child of the context that a record's `traceparent` names.
+pub fn continue_from(span: &tracing::Span, traceparent: &str) {
+    let mut headers = HeaderMap::new();
+    headers.insert(kiln_contract::header::TRACEPARENT, traceparent);
+    adopt(span, Some(&headers));
+}
+
 /// The current span's context as a `traceparent`; empty where there is none.
 pub fn current_traceparent() -> String {
     let mut headers = HeaderMap::new();

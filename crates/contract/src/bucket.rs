@@ -1,6 +1,6 @@
 //! The key-value buckets.
 
-/// Which instances live: instance id → role, with a time to live.
+/// Which instances live: instance id → role, life and host, with a time to live.
 pub const HOLDERS: &str = "KILN_HOLDERS";
 /// Sealed secrets of builds: build id → sealed [`crate::secrets::Secrets`]. Its keys are the list of builds that are
 /// not cleaned up yet.

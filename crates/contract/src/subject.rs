@@ -20,6 +20,9 @@ pub const LIVE_LOG_DESTINATION: &str = "kiln.live.v1.{{wildcard(1)}}";
 /// Every subject of the progress stream: `kiln.progress.v1.<build id>`.
 pub const PROGRESS_SUBJECTS: &str = "kiln.progress.v1.*";
 
+/// A question that nobody answers: a bus that is alive says so at once.
+pub const NOBODY: &str = "kiln.nobody.v1.alive";
+
 /// One event of a build.
 pub fn event(id: &BuildId, event: &str) -> String {
     format!("kiln.build.v1.{}.{id}.{event}", id.image_key())

@@ -26,9 +26,9 @@ impl Metrics {
             Self { age: Family::default(), refreshed: Family::default(), failed: Family::default() };
         let age = "Age of the resolver's answer, at the last look";
         registry.register_with_unit("cache_warmer_age", age, Unit::Seconds, metrics.age.clone());
-        registry.register("cache_warmer_refreshed", "Answers refreshed", metrics.refreshed.clone());
+        registry.register("refs_refreshed", "Answers refreshed", metrics.refreshed.clone());
         let failed = "Looks that found no answer, or a stale one";
-        registry.register("cache_warmer_failed", failed, metrics.failed.clone());
+        registry.register("refs_failed", failed, metrics.failed.clone());
         metrics
     }
 }

@@ -31,7 +31,7 @@ use crate::steps::Steps;
 use crate::{convert, request, status};
 
 /// How long a question that asks a registry or git remote may take; one that doesn't answers in milliseconds.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(50);
 /// How long a call waits until the gateway's own view has what the answer says.
 const OWN_VIEW: Duration = Duration::from_secs(1);
 
@@ -146,7 +146,10 @@ impl Builds for BuildsApi {
                     secrets: self.seal(&secrets)?,
                     refresh: request.refresh,
                 };
-                let answer = self.bus.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
+                let answer = self.bus.ask(&question, PATIENCE).await.map_err(|mut refusal| {
+                    refusal.message.insert_str(0, "ref: ");
+                    status::of(&refusal)
+                })?;
                 Ok(api::ResolveBaseImageResponse { r#ref: answer.reference, stale: answer.stale })
             })
             .await
@@ -317,7 +320,12 @@ fn not_found(id: &BuildId) -> Status {
 }
 
 fn log_status(error: LogError) -> Status {
-    status::of(&error.into())
+    let status = status::of(&error.into());
+    match status.code() {
+        tonic::Code::OutOfRange => Status::out_of_range(format!("offset: {}", status.message())),
+        tonic::Code::NotFound => Status::not_found(format!("id: {}", status.message())),
+        _ => status,
+    }
 }
 
 /// Ends a stream with UNAVAILABLE when the gateway is to end: the client resumes at another.

@@ -66,11 +66,14 @@ pub async fn run(
     let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
     let logs = Logs::new(&bus);
     let (reporter, health) = tonic_health::server::health_reporter();
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(kiln_proto::DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .context("gRPC reflection")?;
+    let described = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(kiln_proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let reflection = described().build_v1().context("gRPC reflection")?;
+    // Which older clients ask for.
+    let reflection_alpha = described().build_v1alpha().context("gRPC reflection")?;
     let api = BuildsApi {
         config,
         steps: Steps::start(&logs, &view, &tasks, &ended),
@@ -93,7 +96,7 @@ pub async fn run(
     tasks.spawn(async move {
         let mut served = None;
         while !watching.is_cancelled() {
-            let serving = watched_bus.is_connected() && watched_view.is_caught_up();
+            let serving = watched_view.is_caught_up() && watched_bus.answers(Duration::from_secs(2)).await;
             if served != Some(serving) {
                 served = Some(serving);
                 if serving {
@@ -106,7 +109,7 @@ pub async fn run(
             }
             tokio::select! {
                 () = watching.cancelled() => {}
-                () = tokio::time::sleep(Duration::from_millis(250)) => {}
+                () = tokio::time::sleep(Duration::from_millis(500)) => {}
             }
         }
     });
@@ -119,6 +122,7 @@ pub async fn run(
         .max_connection_age_grace(Duration::from_secs(5))
         .add_service(health)
         .add_service(reflection)
+        .add_service(reflection_alpha)
         .add_service(builds)
         .serve_with_incoming_shutdown(
             TcpIncoming::from(listener).with_nodelay(Some(true)),

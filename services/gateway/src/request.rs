@@ -117,8 +117,9 @@ pub(crate) fn check_build(request: &api::BuildImageRequest) -> Result<(), Status
         _ => 0,
     };
     if labels + args > limits::REQUEST_BYTES {
-        let problem = format!("{} bytes with build_args, more than the {} allowed", labels + args, limits::REQUEST_BYTES);
-        return Err(invalid("labels", problem));
+        let field = if labels > args { "labels" } else { "source.dockerfile.build_args" };
+        let problem = format!("labels and build args have {} bytes, more than the {} allowed", labels + args, limits::REQUEST_BYTES);
+        return Err(invalid(field, problem));
     }
     Ok(())
 }

@@ -12,6 +12,9 @@ use crate::holder::{ENGINE_PAUSE, Held, LetGo};
 /// Before the first restart after a lost builder; each later one waits longer by as much.
 const RETRY_PAUSE: Duration = Duration::from_secs(2);
 
+/// How long a process that is asked to end tries to say that it lets go.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
+
 impl Held<'_> {
     /// Appends a change of ours. `false` if it came too late: then the tail is another, and all is to be decided anew.
     pub(crate) async fn append(&mut self, change: &Change) -> Result<bool, LetGo> {
@@ -85,9 +88,12 @@ impl Held<'_> {
         if self.record().state.is_terminal() {
             return;
         }
+        let id = self.record().id.clone();
         let change = Change::Released { by: self.me.clone() };
-        if self.append(&change).await.is_err() {
-            tracing::info!(build.id = %self.record().id, "the build was lost before it could be released");
+        match tokio::time::timeout(RELEASE_PATIENCE, self.append(&change)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) => tracing::info!(build.id = %id, "build `{id}` was lost before it could be released"),
+            Err(_) => tracing::warn!(build.id = %id, "build `{id}` could not be released: our lease on it will lapse"),
         }
     }
 }

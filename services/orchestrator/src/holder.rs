@@ -49,6 +49,7 @@ pub(crate) async fn hold(shared: &Arc<Shared>, claimed: Entry, stop: &Cancellati
     let Some(me) = claimed.record.claimed_by.clone() else { return 0 };
     let id = claimed.record.id.clone();
     let span = tracing::info_span!("hold", build.id = %id);
+    kiln_bus::trace::continue_from(&span, &claimed.record.traceparent);
     async {
         let mut held = Held { shared, me, tail: claimed, stop };
         match held.see_to_its_end().await {

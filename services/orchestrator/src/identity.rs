@@ -20,7 +20,11 @@ impl Shared {
     /// Asks what the source is right now, and names its image. A revision becomes its commit; an image its digest.
     pub(crate) async fn identify(&self, source: &Source, secrets: &Bytes) -> Result<Identity, Refusal> {
         let (base_ref, commit) = match source {
-            Source::Image(reference) => (self.resolver.pin(reference, secrets).await?, None),
+            Source::Image(reference) => {
+                let pinned = self.resolver.pin(reference, secrets).await;
+                let named = |refusal: Refusal| Refusal { message: format!("source.image: {}", refusal.message), ..refusal };
+                (pinned.map_err(named)?, None)
+            }
             Source::Dockerfile(dockerfile) => {
                 dockerfile.check(self.config.file_remotes)?;
                 let commit = self.resolver.commit(dockerfile, secrets).await?;

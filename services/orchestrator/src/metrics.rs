@@ -37,7 +37,7 @@ impl Metrics {
         registry.register("builds_retried", "Attempts after a lost builder", metrics.retried.clone());
         registry.register("builds_done", "Builds that ended, by result and reason", metrics.done.clone());
         registry.register("build_seconds", "Time from accepted to ended", metrics.seconds.clone());
-        registry.register("builds_held", "Builds that this process acts on", metrics.running.clone());
+        registry.register("builds_running", "Builds that this process acts on", metrics.running.clone());
         registry.register("builds_queued", "Builds that wait for a slot, of the whole installation", metrics.queued.clone());
         metrics
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_domain::limits::truncated;
-use kiln_domain::source::{InvalidField, check_remote, check_revision};
+use kiln_domain::source::{InvalidField, check_remote, check_revision, git_secret};
 use moka::future::Cache;
 use secrecy::{ExposeSecret as _, SecretString};
 
@@ -108,7 +108,8 @@ impl Commits {
             Failure::Late(within) => Error::Late { remote: shown, within },
             Failure::TooLong => Error::TooLong { remote: shown },
             Failure::Complained(text) => {
-                Error::Remote { remote: shown, complaint: understand(&text, wanted.password.expose_secret()) }
+                let secret = git_secret(&wanted.username, wanted.password.expose_secret());
+                Error::Remote { remote: shown, complaint: understand(&text, secret) }
             }
         })
     }

@@ -60,8 +60,8 @@ const PHRASES: [(&str, Kind); 18] = [
     ("no such repository", Kind::NoRepository),
 ];
 
-/// `password` is cut out of what is quoted, as is the user part of any URL.
-pub(crate) fn understand(text: &str, password: &str) -> Complaint {
+/// `secret` (a password, or a token) is cut out of what is quoted, as is the user part of any URL.
+pub(crate) fn understand(text: &str, secret: &str) -> Complaint {
     let kind =
         PHRASES.iter().find(|(phrase, _)| text.contains(phrase)).map_or(Kind::Unavailable, |(_, kind)| *kind);
     let mut quoted = text
@@ -70,8 +70,8 @@ pub(crate) fn understand(text: &str, password: &str) -> Complaint {
         .filter(|line| !line.is_empty() && !BOILERPLATE.contains(line))
         .collect::<Vec<_>>()
         .join("; ");
-    if !password.is_empty() {
-        quoted = quoted.replace(password, "***").replace(&percent_encoded(password), "***");
+    if !secret.is_empty() {
+        quoted = quoted.replace(secret, "***").replace(&percent_encoded(secret), "***");
     }
     let quoted = without_users(&quoted).replace(char::is_control, " ");
     Complaint { kind, quoted: truncated(quoted, QUOTED_BYTES) }

@@ -5,6 +5,7 @@ use std::io;
 use std::process::Stdio;
 use std::time::Duration;
 
+use kiln_domain::source::{git_login, git_transports};
 use rustix::process::{Pid, Signal, kill_process_group};
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
@@ -47,6 +48,12 @@ pub(crate) struct Remote<'a> {
     pub(crate) uri: &'a str,
     pub(crate) username: &'a str,
     pub(crate) password: &'a SecretString,
+}
+
+impl Remote<'_> {
+    fn login(&self) -> Option<(&str, &str)> {
+        git_login(self.username, self.password.expose_secret())
+    }
 }
 
 /// A line of the list.
@@ -101,7 +108,7 @@ impl Git {
             .env("GIT_TERMINAL_PROMPT", "0")
             .env("GIT_SSH_COMMAND", "ssh -o BatchMode=yes")
             // git then takes `protocol.allow` for never, and these for always, redirects included.
-            .env("GIT_ALLOW_PROTOCOL", admitted(remote.uri));
+            .env("GIT_ALLOW_PROTOCOL", git_transports(remote.uri).join(":"));
         let settings = settings(remote);
         command.env("GIT_CONFIG_COUNT", settings.len().to_string());
         for (number, (key, value)) in settings.iter().enumerate() {
@@ -109,10 +116,8 @@ impl Git {
                 .env(format!("GIT_CONFIG_KEY_{number}"), key)
                 .env(format!("GIT_CONFIG_VALUE_{number}"), value);
         }
-        if !remote.password.expose_secret().is_empty() || !remote.username.is_empty() {
-            command
-                .env("KILN_GIT_USERNAME", remote.username)
-                .env("KILN_GIT_PASSWORD", remote.password.expose_secret());
+        if let Some((username, password)) = remote.login() {
+            command.env("KILN_GIT_USERNAME", username).env("KILN_GIT_PASSWORD", password);
         }
         command.args(["ls-remote", "--quiet", "--", remote.uri]).args(patterns);
         command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -122,21 +127,12 @@ impl Git {
     }
 }
 
-/// The transports that a remote of this scheme may lead to. A server of one may send to the other by a redirect, but not
-/// from https down.
-fn admitted(uri: &str) -> &str {
-    match uri.split("://").next() {
-        Some("http") => "http:https",
-        Some(scheme) => scheme,
-        None => "",
-    }
-}
-
 /// git's settings for one remote.
 fn settings(remote: &Remote<'_>) -> Vec<(String, &'static str)> {
     let mut settings = vec![("credential.helper".into(), ""), ("http.followRedirects".into(), "initial")];
-    let has_credentials = !remote.password.expose_secret().is_empty() || !remote.username.is_empty();
-    if has_credentials && let Some((scheme @ ("http" | "https"), rest)) = remote.uri.split_once("://") {
+    if remote.login().is_some()
+        && let Some((scheme @ ("http" | "https"), rest)) = remote.uri.split_once("://")
+    {
         // git asks this helper for this host and port alone: a redirect to another gets nothing.
         let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
         settings.push((format!("credential.{scheme}://{host}.helper"), CREDENTIAL_HELPER));

@@ -35,8 +35,8 @@ impl Metrics {
             "Images resolved, by where the answer came from",
             metrics.images.clone(),
         );
-        registry.register("resolver_pauses", "Times a registry asked for a pause", metrics.pauses.clone());
-        registry.register("resolver_git_remotes", "Git remotes asked", metrics.remotes.clone());
+        registry.register("registry_pauses", "Times a registry asked for a pause", metrics.pauses.clone());
+        registry.register("git_remotes_asked", "Git remotes asked", metrics.remotes.clone());
         metrics
     }
 

@@ -14,7 +14,9 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::{Config, Role};
 
-const LOOK: Duration = Duration::from_millis(250);
+const LOOK: Duration = Duration::from_millis(500);
+/// How long the bus may take to answer.
+const ANSWER: Duration = Duration::from_secs(2);
 const GRACE: Duration = Duration::from_secs(5);
 
 /// A process that plays one role or more.
@@ -90,8 +92,11 @@ impl Host {
         let (bus, readiness, ended) = (bus.clone(), self.readiness.clone(), self.ended.clone());
         self.tasks.spawn(async move {
             loop {
-                let state =
-                    if bus.is_connected() { Ok(()) } else { Err("not connected to the bus".to_owned()) };
+                let state = match bus.is_connected() {
+                    true if bus.answers(ANSWER).await => Ok(()),
+                    true => Err("the bus does not answer".to_owned()),
+                    false => Err("not connected to the bus".to_owned()),
+                };
                 readiness.set(name(role), state);
                 if tokio::time::timeout(LOOK, ended.cancelled()).await.is_ok() {
                     return;
