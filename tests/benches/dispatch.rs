@@ -52,7 +52,11 @@ async fn starts(program: &Path) -> Result<()> {
         kiln.start_again().await?;
         again.push(begun.elapsed());
     }
-    println!("start to ready: on a new data directory {}; again {} (aim: under 1 s)", figures(&mut fresh), figures(&mut again));
+    println!(
+        "start to ready: on a new data directory {}; again {} (aim: under 1 s)",
+        figures(&mut fresh),
+        figures(&mut again)
+    );
     Ok(())
 }
 
@@ -88,7 +92,11 @@ async fn memory(program: &Path) -> Result<()> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()))?;
         let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
         let anonymous = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("RssAnon")?;
-        println!("resident, idle: {role} {}, of it anonymous {} (aim: under 15 MB)", resident.trim(), anonymous.trim());
+        println!(
+            "resident, idle: {role} {}, of it anonymous {} (aim: under 15 MB)",
+            resident.trim(),
+            anonymous.trim()
+        );
         child.kill()?;
         child.wait()?;
     }
@@ -120,7 +128,10 @@ async fn dispatch(kiln: &Installation, workshop: &Workshop) -> Result<()> {
         took.push(answered.elapsed());
         kiln.until(&build.id, over).await?;
     }
-    println!("BuildImage's answer to the builder's first line: {} (aim: p50 under 10 ms)", figures(&mut took));
+    println!(
+        "BuildImage's answer to the builder's first line: {} (aim: p50 under 10 ms)",
+        figures(&mut took)
+    );
     Ok(())
 }
 
@@ -194,8 +205,13 @@ fn hand(repository: &Repository, registry: &str, folder: &Path, n: usize) -> Res
     let context = folder.join(format!("context-{n}"));
     std::fs::create_dir(&context)?;
     let run = |program: &str, arguments: &[&str]| -> Result<()> {
-        let output = Command::new(program).args(arguments).current_dir(&context).stdin(Stdio::null()).output()?;
-        ensure!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let output =
+            Command::new(program).args(arguments).current_dir(&context).stdin(Stdio::null()).output()?;
+        ensure!(
+            output.status.success(),
+            "{program} {arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         Ok(())
     };
     run("git", &["ls-remote", &repository.uri, "HEAD"])?;
@@ -206,7 +222,19 @@ fn hand(repository: &Repository, registry: &str, folder: &Path, n: usize) -> Res
     let runroot = folder.join("runroot").display().to_string();
     let store = ["--root", &root, "--runroot", &runroot, "--storage-driver", "overlay"];
     let image = format!("localhost/by-hand:{n}");
-    let build = ["build", "--isolation", "chroot", "--layers", "--pull-always", "--force-rm", "--format", "docker", "--tag", &image, "."];
+    let build = [
+        "build",
+        "--isolation",
+        "chroot",
+        "--layers",
+        "--pull-always",
+        "--force-rm",
+        "--format",
+        "docker",
+        "--tag",
+        &image,
+        ".",
+    ];
     run("buildah", &[&store[..], &build[..]].concat())?;
     for target in ["by-hand-base", "by-hand"] {
         let to = format!("docker://{registry}/{target}:{n}");

@@ -1,7 +1,7 @@
 //! The git context: one commit of a repository, checked out by the real `git`, and the Dockerfile and context in it.
 //!
 //! What comes from outside reaches git only as an environment, a file or an argument after `--`; the repository can't
-//! make it run anything (no hooks, no filters, no submodules, no other transport than the URL's own).
+//! make it run anything (no hooks, no filters, no submodules, no other transport than the URL's own, or https for http).
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::run::RunSecrets;
-use kiln_domain::source::DockerfileSource;
+use kiln_domain::source::{DockerfileSource, git_login, git_transports};
 use secrecy::ExposeSecret;
 use tokio::time::{Instant, sleep};
 
@@ -58,20 +58,23 @@ impl Git<'_> {
     /// Writes git's only configuration, and the credentials if there are any.
     fn prepare(&self, secrets: &RunSecrets, root: &Path) -> io::Result<()> {
         std::fs::create_dir_all(root)?;
-        let (scheme, rest) = self.source.remote_uri.split_once("://").unwrap_or_default();
+        let uri = &self.source.remote_uri;
+        let (scheme, rest) = uri.split_once("://").unwrap_or_default();
+        let transports = git_transports(uri).iter();
+        let admitted: String =
+            transports.map(|scheme| format!("[protocol \"{scheme}\"]\n\tallow = always\n")).collect();
         let mut config = format!(
-            "[protocol]\n\tallow = never\n[protocol \"{scheme}\"]\n\tallow = always\n\
+            "[protocol]\n\tallow = never\n{admitted}\
              [core]\n\thooksPath = /dev/null\n[gc]\n\tauto = 0\n[maintenance]\n\tauto = false\n\
              [submodule]\n\trecurse = false\n[fetch]\n\trecurseSubmodules = false\n\
-             [http]\n\tlowSpeedLimit = 1000\n\tlowSpeedTime = 60\n"
+             [http]\n\tfollowRedirects = initial\n\tlowSpeedLimit = 1000\n\tlowSpeedTime = 60\n"
         );
         if scheme == "file" {
             // The repository may belong to another user; the installation admits such remotes.
             config.push_str("[safe]\n\tdirectory = *\n");
         }
-        if let Some(password) = &secrets.git_password {
-            let user = if secrets.git_username.is_empty() { "git" } else { &secrets.git_username };
-            let password = password.expose_secret();
+        let password = secrets.git_password.as_ref().map_or("", |password| password.expose_secret());
+        if let Some((user, password)) = git_login(&secrets.git_username, password) {
             if [user, password].iter().any(|text| text.contains(['\n', '\0'])) {
                 return Err(io::Error::other("git's username or password contains a line end or NUL"));
             }

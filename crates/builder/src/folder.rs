@@ -71,6 +71,12 @@ impl Folder {
         self.has(run_folder::CANCEL)
     }
 
+    /// An earlier builder of this run came as far as the PUT: what it recorded must not be written over, for the PUT may
+    /// still be under way.
+    pub(crate) fn has_recorded_target(&self) -> bool {
+        self.has(run_folder::TARGET_DIGEST)
+    }
+
     pub(crate) fn has_outcome(&self) -> bool {
         self.has(run_folder::OUTCOME)
     }

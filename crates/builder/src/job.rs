@@ -123,8 +123,8 @@ impl Job<'_> {
     /// registry that is pushed to it insists until the run's deadline.
     async fn wait(&self, error: ToolError, since: Instant, pushed_to: &str) -> Result<(), Failure> {
         match error {
-            ToolError::Refused(failure)
-                if failure.message.contains(pushed_to) || since.elapsed() < PATIENCE =>
+            ToolError::Refused { registry, .. }
+                if registry.as_deref() == Some(pushed_to) || since.elapsed() < PATIENCE =>
             {
                 self.say("a registry refuses connections; asking again");
                 sleep(AGAIN).await;

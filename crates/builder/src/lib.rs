@@ -4,11 +4,12 @@
 //!   appear in it while I work.
 //! - **I ask** the git remote, the build tool and registries.
 //! - **I tell** by standard output (the build's log, unchanged), `target-digest` (before the target is PUT) and
-//!   `outcome.json` (whatever happened, as far as I live to tell).
+//!   `outcome.json` (what became of the build).
 //! - **I never** go on without the run's lock, PUT the target of a revoked or cancelled run, or leave a process behind.
 //!
-//! A run that was cancelled (or whose builder got SIGTERM) has an outcome of reason INTERNAL that says so. That is for
-//! the reader of the folder: whether a build is *cancelled* is decided by the journal.
+//! A run that was cancelled has an outcome of reason INTERNAL that says so. That is for the reader of the folder: whether
+//! a build is *cancelled* is decided by the journal. A run that was revoked, or whose builder got SIGTERM (its host goes
+//! down), has no outcome: that is no answer to whether the build succeeds, and the run counts as lost.
 
 mod buildah;
 mod children;
@@ -58,6 +59,8 @@ pub enum Exit {
     Held = 4,
     /// There is no run to be worked on, or no way to tell what became of it.
     Broken = 5,
+    /// Told to end by a signal, or revoked, before the work was done: there is no outcome.
+    Lost = 6,
 }
 
 impl From<Exit> for ExitCode {
@@ -85,7 +88,7 @@ pub fn run(run: &Path) -> Exit {
     };
     let folder = Folder::new(&run);
     let begun = folder.spec().map(|spec| {
-        let over = folder.is_revoked() || folder.has_outcome();
+        let over = folder.is_revoked() || folder.has_outcome() || folder.has_recorded_target();
         if !over {
             output.say(&format!("building {} (attempt {})", spec.target_ref, spec.run.attempt()));
         }
@@ -136,11 +139,20 @@ async fn work(folder: &Folder, output: Output) -> Exit {
         result = job.run(&mut progress) => Ok(result),
         stop = stops.wait(folder, deadline, &output) => Err(stop),
     };
+    let ended = match ended {
+        Ok(Err(failure)) => stops.loss(folder).await.map_or(Ok(Err(failure)), Err),
+        ended => ended,
+    };
     children.end_all().await;
     let steps = output.steps();
     let result = match ended {
         Ok(Ok(digest)) => RunResult::Pushed(digest),
         Ok(Err(failure)) => RunResult::Failed(failure),
+        Err(stop) if stop.is_loss() => {
+            output.say(&format!("stopped: {}", stop.failure(task.spec.timeout(), &steps).message));
+            clear(folder, &task, &children, &progress).await;
+            return Exit::Lost;
+        }
         Err(stop) => RunResult::Failed(stop.failure(task.spec.timeout(), &steps)),
     };
     match &result {

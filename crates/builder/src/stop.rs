@@ -12,6 +12,8 @@ use crate::output::{Output, spoken, step_name};
 
 /// How often the folder is looked at.
 const LOOK: Duration = Duration::from_millis(100);
+/// How much later than its children a builder may get a signal that goes to all of them.
+const SIGNAL_LAG: Duration = Duration::from_millis(250);
 
 /// Why the work was stopped.
 #[derive(Debug, PartialEq, Eq)]
@@ -46,6 +48,19 @@ impl Stops {
             trouble = output.broken() => Stop::Output(trouble),
         }
     }
+
+    /// Whether a failure of the work is owed to what ends the builder too: who stops a host sends SIGTERM to the tools as
+    /// well as to their builder, and the tools may be quicker.
+    pub(crate) async fn loss(&mut self, folder: &Folder) -> Option<Stop> {
+        if folder.is_revoked() {
+            return Some(Stop::Revoked);
+        }
+        tokio::select! {
+            _ = self.terminate.recv() => Some(Stop::Terminated),
+            _ = self.interrupt.recv() => Some(Stop::Terminated),
+            () = sleep(SIGNAL_LAG) => None,
+        }
+    }
 }
 
 async fn asked_in(folder: &Folder) -> Stop {
@@ -61,7 +76,13 @@ async fn asked_in(folder: &Folder) -> Stop {
 }
 
 impl Stop {
-    /// What is told of it. A cancelled or revoked build's failure is for the log only: the journal says what became of it.
+    /// Whether it says nothing of the build: the host goes down, or the run is no longer the build's. Then there is to be
+    /// no outcome, so that the run counts as lost and may be followed by another.
+    pub(crate) fn is_loss(&self) -> bool {
+        matches!(self, Self::Revoked | Self::Terminated)
+    }
+
+    /// What is told of it. Of a loss only the log tells; whether a build is *cancelled* is decided by the journal.
     pub(crate) fn failure(&self, timeout: Duration, steps: &[Step]) -> Failure {
         match self {
             Self::Deadline => {

@@ -32,8 +32,12 @@ pub struct Built {
 #[derive(Debug, thiserror::Error)]
 pub enum ToolError {
     /// A registry refuses connections: it may help to try again.
-    #[error("{0}")]
-    Refused(Failure),
+    #[error("{failure}")]
+    Refused {
+        /// Which one (`host[:port]`), where the tool told.
+        registry: Option<String>,
+        failure: Failure,
+    },
     #[error("{0}")]
     Failed(Failure),
 }
@@ -42,7 +46,7 @@ impl ToolError {
     /// What the user is told when it isn't tried again.
     pub fn into_failure(self) -> Failure {
         match self {
-            Self::Refused(failure) | Self::Failed(failure) => failure,
+            Self::Refused { failure, .. } | Self::Failed(failure) => failure,
         }
     }
 }

@@ -35,15 +35,21 @@ impl Bus {
         if payload.len() + 1024 > self.max_payload() {
             return Err(Refusal::new(
                 Code::InvalidArgument,
-                format!("the request has {} bytes, more than the {} that can be carried", payload.len(), self.max_payload()),
+                format!(
+                    "the request has {} bytes, more than the {} that can be carried",
+                    payload.len(),
+                    self.max_payload()
+                ),
             ));
         }
         let mut headers = HeaderMap::new();
         trace::inject(&mut headers);
         headers.insert(header::DEADLINE, deadline_after(within).to_string().as_str());
         let ask = || {
-            let request =
-                async_nats::Request::new().payload(payload.clone()).headers(headers.clone()).timeout(Some(within));
+            let request = async_nats::Request::new()
+                .payload(payload.clone())
+                .headers(headers.clone())
+                .timeout(Some(within));
             self.client.send_request(Q::subject(), request)
         };
         let answers = async {
@@ -84,8 +90,9 @@ impl Bus {
         if let Some(refusal) = refusal_of(message.headers.as_ref()) {
             return Err(refusal);
         }
-        Q::Answer::decode(message.payload)
-            .map_err(|error| Refusal::new(Code::Internal, format!("the {} answered what can't be read: {error}", Q::SERVICE)))
+        Q::Answer::decode(message.payload).map_err(|error| {
+            Refusal::new(Code::Internal, format!("the {} answered what can't be read: {error}", Q::SERVICE))
+        })
     }
 }
 
@@ -106,7 +113,11 @@ fn late<Q: Question>(within: Duration) -> Refusal {
 /// The refusal that an answer's headers carry.
 fn refusal_of(headers: Option<&HeaderMap>) -> Option<Refusal> {
     let headers = headers?;
-    let code = headers.get(NATS_SERVICE_ERROR_CODE)?.as_str().parse().unwrap_or(usize::from(Code::Internal.number()));
+    let code = headers
+        .get(NATS_SERVICE_ERROR_CODE)?
+        .as_str()
+        .parse()
+        .unwrap_or(usize::from(Code::Internal.number()));
     let message = headers.get(NATS_SERVICE_ERROR).map(ToString::to_string).unwrap_or_default();
     Some(Refusal::new(Code::from_number(code), message))
 }

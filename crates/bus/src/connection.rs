@@ -84,7 +84,8 @@ impl Connect {
                 detail: "JetStream is not enabled on this server".into(),
             });
         }
-        let js = jetstream::context::ContextBuilder::new().timeout(Duration::from_secs(5)).build(client.clone());
+        let js =
+            jetstream::context::ContextBuilder::new().timeout(Duration::from_secs(5)).build(client.clone());
         Ok(Bus { client, js, errors })
     }
 }

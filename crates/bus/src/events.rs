@@ -50,14 +50,13 @@ pub async fn subscribe(
     if let (Some(user), Some(password)) = (server.username(), server.password()) {
         options = options.user_and_password(user.to_owned(), password.to_owned());
     }
-    let client = options
-        .connect(server)
-        .await
-        .map_err(|error| unavailable(&error))?;
+    let client = options.connect(server).await.map_err(|error| unavailable(&error))?;
     let deliver_policy = match from {
         From::Beginning => DeliverPolicy::All,
         From::Now => DeliverPolicy::New,
-        From::After(sequence) => DeliverPolicy::ByStartSequence { start_sequence: sequence.saturating_add(1) },
+        From::After(sequence) => {
+            DeliverPolicy::ByStartSequence { start_sequence: sequence.saturating_add(1) }
+        }
     };
     let consumer = async_nats::jetstream::new(client)
         .get_stream(subject::EVENTS_STREAM)
@@ -71,7 +70,12 @@ pub async fn subscribe(
         let message = message.map_err(|error| BusError::unavailable(SUBSCRIBE, error))?;
         let info = message.info().map_err(|error| BusError::malformed(SUBSCRIBE, error))?;
         let header = |name: &str| {
-            message.headers.as_ref().and_then(|headers| headers.get(name)).map(ToString::to_string).unwrap_or_default()
+            message
+                .headers
+                .as_ref()
+                .and_then(|headers| headers.get(name))
+                .map(ToString::to_string)
+                .unwrap_or_default()
         };
         Ok(Event {
             kind: header(cloudevents::TYPE),
@@ -79,7 +83,8 @@ pub async fn subscribe(
             sequence: info.stream_sequence,
             time: Timestamp::from_nanosecond(info.published.unix_timestamp_nanos())
                 .map_err(|error| BusError::malformed(SUBSCRIBE, error))?,
-            data: serde_json::from_slice(&message.payload).map_err(|error| BusError::malformed(SUBSCRIBE, error))?,
+            data: serde_json::from_slice(&message.payload)
+                .map_err(|error| BusError::malformed(SUBSCRIBE, error))?,
         })
     }))
 }

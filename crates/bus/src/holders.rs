@@ -92,7 +92,9 @@ impl Holders {
             holders.release().await;
             return Err(BusError::Refused {
                 operation: "take a lease",
-                detail: format!("the engine's builders are bound to this host, and {other} is bound to another"),
+                detail: format!(
+                    "the engine's builders are bound to this host, and {other} is bound to another"
+                ),
             });
         }
         for work in [true, false] {
@@ -118,8 +120,14 @@ impl Holders {
 
     /// Every live instance of our own role, ourselves included.
     pub fn live(&self) -> Vec<InstanceId> {
-        let mut live: Vec<_> =
-            self.shared.live.borrow().iter().filter(|other| role_of(other) == self.shared.role).cloned().collect();
+        let mut live: Vec<_> = self
+            .shared
+            .live
+            .borrow()
+            .iter()
+            .filter(|other| role_of(other) == self.shared.role)
+            .cloned()
+            .collect();
         let mine = self.mine().instance.clone();
         if !live.contains(&mine) {
             live.push(mine);
@@ -142,7 +150,10 @@ impl Holders {
     pub async fn confirm_dead(&self, instance: &InstanceId) -> Result<bool, BusError> {
         {
             let mine = self.mine();
-            if mine.instance == *instance || mine.settled > Instant::now() || mine.renewed.elapsed() >= ACT_FOR {
+            if mine.instance == *instance
+                || mine.settled > Instant::now()
+                || mine.renewed.elapsed() >= ACT_FOR
+            {
                 return Ok(false);
             }
         }
@@ -171,7 +182,10 @@ impl Holders {
     /// A live instance that is bound to another host than `host`, if there is one.
     async fn elsewhere(&self, host: &str) -> Result<Option<InstanceId>, BusError> {
         let leases = leases(&self.shared.store).await?;
-        Ok(leases.into_iter().find(|lease| !lease.host.is_empty() && lease.host != host).map(|lease| lease.instance))
+        Ok(leases
+            .into_iter()
+            .find(|lease| !lease.host.is_empty() && lease.host != host)
+            .map(|lease| lease.instance))
     }
 
     async fn keep_renewing(&self) {
@@ -193,7 +207,10 @@ impl Holders {
         let sent = Instant::now();
         if before.revision > 0 && before.renewed.elapsed() >= LEASE {
             self.begin_anew(sent)?;
-            return Err(BusError::Refused { operation: RENEW, detail: format!("{} has lapsed", before.instance) });
+            return Err(BusError::Refused {
+                operation: RENEW,
+                detail: format!("{} has lapsed", before.instance),
+            });
         }
         let message = PublishMessage::build()
             .payload(self.shared.says.clone().into())
@@ -216,15 +233,22 @@ impl Holders {
             }
             // Our own renewal whose answer was lost, or the lapse: either way the sequence we knew is gone.
             Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => {
-                let last = self.shared.store.stream.get_last_raw_message_by_subject(&key(&before.instance)).await;
+                let last =
+                    self.shared.store.stream.get_last_raw_message_by_subject(&key(&before.instance)).await;
                 match last {
-                    Ok(last) if last.payload == self.shared.says.as_bytes() && last.headers.get("Nats-TTL").is_some() => {
+                    Ok(last)
+                        if last.payload == self.shared.says.as_bytes()
+                            && last.headers.get("Nats-TTL").is_some() =>
+                    {
                         self.mine().revision = last.sequence;
                         Err(BusError::unavailable(RENEW, "an answer was lost"))
                     }
                     Ok(_) => {
                         self.begin_anew(sent)?;
-                        Err(BusError::Refused { operation: RENEW, detail: format!("{} has lapsed", before.instance) })
+                        Err(BusError::Refused {
+                            operation: RENEW,
+                            detail: format!("{} has lapsed", before.instance),
+                        })
                     }
                     Err(error) => Err(BusError::unavailable(RENEW, error)),
                 }
@@ -236,7 +260,10 @@ impl Holders {
     fn begin_anew(&self, now: Instant) -> Result<(), BusError> {
         let instance = new_instance(&self.shared.role)?;
         let mut mine = self.mine();
-        tracing::warn!("the lease of {} has lapsed: going on as {instance}, without its claims", mine.instance);
+        tracing::warn!(
+            "the lease of {} has lapsed: going on as {instance}, without its claims",
+            mine.instance
+        );
         *mine = Mine { instance, revision: 0, renewed: now, settled: now + SETTLE };
         Ok(())
     }
@@ -282,7 +309,8 @@ impl Holders {
 impl Bus {
     /// Ends the leases of a life that is known to be over, so that what it held may be taken over at once.
     pub async fn end_leases(&self, life: &str) -> Result<(), BusError> {
-        let failed = |error: &dyn std::fmt::Display| BusError::unavailable("end the leases of a former life", error);
+        let failed =
+            |error: &dyn std::fmt::Display| BusError::unavailable("end the leases of a former life", error);
         let store = self.js.get_key_value(bucket::HOLDERS).await.map_err(|error| failed(&error))?;
         for lease in leases(&store).await?.into_iter().filter(|lease| lease.life == life) {
             store.delete(lease.instance.as_str()).await.map_err(|error| failed(&error))?;

@@ -99,7 +99,12 @@ impl Journal {
     ///
     /// Exactly one of several that append on the same tail succeeds. An answer that was lost is decided by reading
     /// back. The entry's `stored_at` is the server's.
-    pub async fn append(&self, tail: Option<&Entry>, change: &Change, by: &InstanceId) -> Result<Entry, AppendError> {
+    pub async fn append(
+        &self,
+        tail: Option<&Entry>,
+        change: &Change,
+        by: &InstanceId,
+    ) -> Result<Entry, AppendError> {
         let record = apply(tail.map(|entry| &entry.record), change)?;
         let expected = tail.map_or(0, |entry| entry.sequence);
         let event = change.event();
@@ -190,17 +195,20 @@ fn verdict(error: &PublishError) -> Verdict {
     match error.kind() {
         PublishErrorKind::WrongLastSequence => Verdict::Overtaken,
         PublishErrorKind::TimedOut | PublishErrorKind::BrokenPipe => Verdict::Unknown,
-        PublishErrorKind::StreamNotFound => {
-            Verdict::Failed(BusError::Unavailable { operation: APPEND, detail: "the stream is missing or has no leader".into() })
-        }
+        PublishErrorKind::StreamNotFound => Verdict::Failed(BusError::Unavailable {
+            operation: APPEND,
+            detail: "the stream is missing or has no leader".into(),
+        }),
         _ => match jetstream_code(error) {
-            Some(ErrorCode::STREAM_WRONG_LAST_SEQUENCE_CONSTANT | ErrorCode::STREAM_DUPLICATE_MESSAGE_CONFLICT) => {
-                Verdict::Undecided
-            }
+            Some(
+                ErrorCode::STREAM_WRONG_LAST_SEQUENCE_CONSTANT | ErrorCode::STREAM_DUPLICATE_MESSAGE_CONFLICT,
+            ) => Verdict::Undecided,
             // maximum bytes, maximum messages, insufficient resources, storage
-            Some(ErrorCode::STREAM_STORE_FAILED | ErrorCode::INSUFFICIENT_RESOURCES | ErrorCode::STORAGE_RESOURCES_EXCEEDED) => {
-                Verdict::Failed(BusError::Full { operation: APPEND, detail: error.to_string() })
-            }
+            Some(
+                ErrorCode::STREAM_STORE_FAILED
+                | ErrorCode::INSUFFICIENT_RESOURCES
+                | ErrorCode::STORAGE_RESOURCES_EXCEEDED,
+            ) => Verdict::Failed(BusError::Full { operation: APPEND, detail: error.to_string() }),
             _ => Verdict::Failed(BusError::refused(APPEND, error)),
         },
     }
@@ -216,10 +224,7 @@ fn headers(record: &Record, event: &str, event_id: &str, by: &InstanceId, expect
     let mut headers = HeaderMap::new();
     headers.insert(async_nats::header::NATS_MESSAGE_ID, event_id);
     headers.insert(async_nats::header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, expected.to_string().as_str());
-    headers.insert(
-        EXPECTED_SEQUENCE_FILTER,
-        subject::image(&record.image_key()).as_str(),
-    );
+    headers.insert(EXPECTED_SEQUENCE_FILTER, subject::image(&record.image_key()).as_str());
     headers.insert(cloudevents::SPEC_VERSION, "1.0");
     headers.insert(cloudevents::ID, event_id);
     headers.insert(cloudevents::TYPE, event::cloudevents_type(event).as_str());
@@ -252,7 +257,10 @@ pub(crate) fn entry(
     let record: Record = serde_json::from_slice(payload)
         .map_err(|error| BusError::malformed(READ, format_args!("{subject} at {sequence}: {error}")))?;
     if record.id != id {
-        return Err(BusError::malformed(READ, format_args!("{subject} at {sequence} holds the record of {}", record.id)));
+        return Err(BusError::malformed(
+            READ,
+            format_args!("{subject} at {sequence} holds the record of {}", record.id),
+        ));
     }
     let event_id = headers.get(cloudevents::ID).map(ToString::to_string).unwrap_or_default();
     Ok(Entry { record: record.at(event, stored_at), event: event.to_owned(), sequence, stored_at, event_id })

@@ -80,7 +80,11 @@ impl Bus {
 }
 
 fn streams(layout: &Layout) -> [stream::Config; 4] {
-    let file = stream::Config { storage: stream::StorageType::File, num_replicas: layout.replicas, ..Default::default() };
+    let file = stream::Config {
+        storage: stream::StorageType::File,
+        num_replicas: layout.replicas,
+        ..Default::default()
+    };
     [
         stream::Config {
             name: subject::JOURNAL_STREAM.into(),

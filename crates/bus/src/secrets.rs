@@ -53,7 +53,12 @@ impl SecretsBucket {
     /// A build's sealed secrets; `None` once it is cleaned up.
     pub async fn get(&self, id: &BuildId) -> Result<Option<Bytes>, BusError> {
         // From the leader: a replica may not have yet what was put a moment ago, and a build would fail for it.
-        match self.store.stream.get_last_raw_message_by_subject(&format!("$KV.{}.{id}", bucket::SECRETS)).await {
+        match self
+            .store
+            .stream
+            .get_last_raw_message_by_subject(&format!("$KV.{}.{id}", bucket::SECRETS))
+            .await
+        {
             Ok(message) if message.headers.get("KV-Operation").is_some() => Ok(None),
             Ok(message) => Ok(Some(message.payload)),
             Err(error) if matches!(error.kind(), LastRawMessageErrorKind::NoMessageFound) => Ok(None),

@@ -173,7 +173,11 @@ impl Metrics {
                 Histogram::new([0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0])
             }),
         };
-        registry.register("questions_answered", "Questions answered on the bus, by code", metrics.answered.clone());
+        registry.register(
+            "questions_answered",
+            "Questions answered on the bus, by code",
+            metrics.answered.clone(),
+        );
         registry.register("question_seconds", "Time to answer a question", metrics.seconds.clone());
         metrics
     }

@@ -78,7 +78,12 @@ impl View {
     }
 
     /// Builds newest first, those that were queued before the place `before`, each with its place.
-    pub fn newest(&self, before: Option<u64>, mut wanted: impl FnMut(&Entry) -> bool, limit: usize) -> Vec<(u64, Arc<Entry>)> {
+    pub fn newest(
+        &self,
+        before: Option<u64>,
+        mut wanted: impl FnMut(&Entry) -> bool,
+        limit: usize,
+    ) -> Vec<(u64, Arc<Entry>)> {
         let state = self.state();
         let range = state.order.range(..before.unwrap_or(u64::MAX)).rev();
         range
@@ -135,7 +140,9 @@ impl View {
         let (last, from) = (state.last_sequence, *self.shared.sequence.borrow() + 1);
         if last + 1 < from {
             // The stream was made anew: what it holds now is the truth.
-            tracing::error!("the journal begins anew at {last}: it was deleted or restored; reading all of it");
+            tracing::error!(
+                "the journal begins anew at {last}: it was deleted or restored; reading all of it"
+            );
             *self.shared.state.write().unwrap_or_else(PoisonError::into_inner) = State::default();
             self.shared.sequence.send_replace(0);
             return Ok(());

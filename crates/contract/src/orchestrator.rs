@@ -143,6 +143,7 @@ fn to_json(value: &impl serde::Serialize) -> Result<Bytes, Refusal> {
 }
 
 fn from_json<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T, Refusal> {
-    serde_json::from_slice(json)
-        .map_err(|error| Refusal::new(Code::Internal, format!("a message of another release can't be read: {error}")))
+    serde_json::from_slice(json).map_err(|error| {
+        Refusal::new(Code::Internal, format!("a message of another release can't be read: {error}"))
+    })
 }

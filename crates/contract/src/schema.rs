@@ -10,7 +10,10 @@ use crate::subject;
 /// Every generated file: its name in `schemas/`, and its content.
 pub fn files() -> Vec<(&'static str, Value)> {
     vec![
-        ("build-event.json", schema::<Record>("The data of every event of a build: its whole record after the event")),
+        (
+            "build-event.json",
+            schema::<Record>("The data of every event of a build: its whole record after the event"),
+        ),
         ("progress.json", schema::<Progress>("The step that a build runs now")),
         ("asyncapi.json", asyncapi()),
     ]
@@ -58,8 +61,10 @@ fn asyncapi() -> Value {
         .into_iter()
         .map(|name| (name.to_owned(), json!({"$ref": format!("#/components/messages/{name}")})))
         .collect();
-    let by_reference: Vec<Value> =
-        EVENTS.into_iter().map(|name| json!({"$ref": format!("#/channels/builds/messages/{name}")})).collect();
+    let by_reference: Vec<Value> = EVENTS
+        .into_iter()
+        .map(|name| json!({"$ref": format!("#/channels/builds/messages/{name}")}))
+        .collect();
     json!({
         "asyncapi": "3.0.0",
         "info": {

@@ -5,6 +5,7 @@ use std::fmt;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use kiln_domain::source::git_secret;
 use serde::{Deserialize, Serialize};
 
 /// What a request brings that must never be seen: credentials, and which of the installation's may be used.
@@ -36,13 +37,19 @@ pub struct RegistryAuth {
 }
 
 impl Secrets {
-    /// Everything in it that must not be seen in a log or an event. A user's name is none.
+    /// Everything in it that must not be seen in a log or an event. A user's name is none; one without a password is a
+    /// token.
     pub fn hidden(&self) -> Vec<Vec<u8>> {
         let pairs = self.registry.credentials.values();
         let passwords = pairs.clone().filter_map(|pair| pair.split_once(':').map(|(_, password)| password));
-        let texts = std::iter::once(self.git_password.as_str()).chain(passwords).chain(pairs.map(String::as_str));
+        let texts = std::iter::once(git_secret(&self.git_username, &self.git_password))
+            .chain(passwords)
+            .chain(pairs.map(String::as_str));
         // What is no base64 is shown as it came, if at all.
-        let mounts = self.mounts.values().map(|content| STANDARD.decode(content).unwrap_or_else(|_| content.clone().into()));
+        let mounts = self
+            .mounts
+            .values()
+            .map(|content| STANDARD.decode(content).unwrap_or_else(|_| content.clone().into()));
         texts.map(|text| text.as_bytes().to_vec()).chain(mounts).filter(|bytes| !bytes.is_empty()).collect()
     }
 }
@@ -56,5 +63,26 @@ impl fmt::Debug for Secrets {
 impl fmt::Debug for RegistryAuth {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("RegistryAuth(…)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_git_login_the_password_is_hidden_or_a_username_that_stands_alone() {
+        let hidden = |username: &str, password: &str| {
+            let secrets = Secrets {
+                git_username: username.into(),
+                git_password: password.into(),
+                ..Secrets::default()
+            };
+            secrets.hidden()
+        };
+        assert_eq!(hidden("ann", "word"), [b"word".to_vec()]);
+        assert_eq!(hidden("token", ""), [b"token".to_vec()]);
+        assert_eq!(hidden("", "token"), [b"token".to_vec()]);
+        assert!(hidden("", "").is_empty());
     }
 }

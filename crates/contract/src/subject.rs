@@ -43,7 +43,8 @@ pub fn parse_event(subject: &str) -> Result<(BuildId, &str), InvalidId> {
     const WRONG: InvalidId =
         InvalidId { what: "journal subject", expected: "kiln.build.v1.<image key>.<build id>.<event>" };
     let mut tokens = subject.strip_prefix("kiln.build.v1.").ok_or(WRONG)?.split('.');
-    let (Some(_key), Some(id), Some(event), None) = (tokens.next(), tokens.next(), tokens.next(), tokens.next())
+    let (Some(_key), Some(id), Some(event), None) =
+        (tokens.next(), tokens.next(), tokens.next(), tokens.next())
     else {
         return Err(WRONG);
     };

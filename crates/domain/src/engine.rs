@@ -104,7 +104,7 @@ pub trait Engine: Send + Sync {
     async fn cancel(&self, run: &RunId) -> Result<(), EngineError>;
 
     /// No builder of this run goes on, or begins, after this has returned `Ok`: a late start finds it, and a builder
-    /// that was overlooked looks for it before it pushes.
+    /// that was overlooked looks for it before it pushes, and ends without an outcome.
     async fn revoke(&self, run: &RunId) -> Result<(), EngineError>;
 
     /// Removes what is left of the run but its revocation: output, outcome, folders, mounts.

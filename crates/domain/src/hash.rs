@@ -81,7 +81,8 @@ mod tests {
     /// Refs that image-builder-mk3 (4f45d02) was seen to compute.
     #[test]
     fn mk3_vectors() {
-        let vectors: serde_json::Value = serde_json::from_str(include_str!("../tests/mk3-vectors.json")).unwrap();
+        let vectors: serde_json::Value =
+            serde_json::from_str(include_str!("../tests/mk3-vectors.json")).unwrap();
         let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
         let refs = vectors["refs"].as_array().unwrap();
         assert_eq!(refs.len(), 10);

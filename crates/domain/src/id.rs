@@ -150,9 +150,9 @@ fn has_id_form(text: &str) -> bool {
     let hex16 = |part: Option<&str>| part.is_some_and(|p| p.len() == 16 && p.bytes().all(is_hex));
     hex16(parts.next())
         && hex16(parts.next())
-        && parts.next().is_some_and(|p| {
-            p.len() == 11 && p.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
-        })
+        && parts
+            .next()
+            .is_some_and(|p| p.len() == 11 && p.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit()))
         && parts.next().is_none()
 }
 

@@ -32,7 +32,9 @@ impl FromStr for Platform {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let part = |part: &str| {
             let fits = (1..=32).contains(&part.len())
-                && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_' || b == b'-');
+                && part
+                    .bytes()
+                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_' || b == b'-');
             fits.then(|| part.to_owned())
         };
         let invalid = || InvalidPlatform(crate::limits::truncated(text.to_owned(), 64));

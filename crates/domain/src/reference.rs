@@ -60,7 +60,10 @@ impl FromStr for ImageReference {
     type Err = InvalidReference;
 
     fn from_str(text: &str) -> Result<Self, InvalidReference> {
-        let refuse = |problem: String| InvalidReference { text: crate::limits::truncated(text.to_owned(), 300), problem };
+        let refuse = |problem: String| InvalidReference {
+            text: crate::limits::truncated(text.to_owned(), 300),
+            problem,
+        };
         if text.len() > crate::limits::REFERENCE_BYTES {
             return Err(refuse(format!("longer than {} bytes", crate::limits::REFERENCE_BYTES)));
         }
@@ -68,9 +71,8 @@ impl FromStr for ImageReference {
         if name.len() == 64 && name.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
             return Err(refuse("64 hex digits are an image's id, not its name".into()));
         }
-        let mut reference: oci_spec::distribution::Reference = text
-            .parse()
-            .map_err(|error: oci_spec::distribution::ParseError| refuse(error.to_string()))?;
+        let mut reference: oci_spec::distribution::Reference =
+            text.parse().map_err(|error: oci_spec::distribution::ParseError| refuse(error.to_string()))?;
         if reference.repository().bytes().any(|b| b.is_ascii_uppercase()) {
             return Err(refuse("repository name must be lowercase".into()));
         }
@@ -79,10 +81,11 @@ impl FromStr for ImageReference {
             let path = reference.repository();
             let path = if path.contains('/') { path.to_owned() } else { format!("library/{path}") };
             let rest = reference.to_string();
-            let rest = rest.strip_prefix(&format!("registry-1.docker.io/{}", reference.repository())).unwrap_or("");
-            reference = format!("docker.io/{path}{rest}").parse().map_err(
-                |error: oci_spec::distribution::ParseError| refuse(error.to_string()),
-            )?;
+            let rest =
+                rest.strip_prefix(&format!("registry-1.docker.io/{}", reference.repository())).unwrap_or("");
+            reference = format!("docker.io/{path}{rest}")
+                .parse()
+                .map_err(|error: oci_spec::distribution::ParseError| refuse(error.to_string()))?;
         }
         // Docker bounds the whole name, the host included.
         if reference.registry().len() + 1 + reference.repository().len() > 255 {
@@ -143,7 +146,8 @@ impl FromStr for Digest {
     type Err = InvalidDigest;
     fn from_str(text: &str) -> Result<Self, InvalidDigest> {
         let digits = text.strip_prefix("sha256:").ok_or(InvalidDigest)?;
-        let valid = digits.len() == 64 && digits.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        let valid =
+            digits.len() == 64 && digits.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
         valid.then(|| Self(text.to_owned())).ok_or(InvalidDigest)
     }
 }

@@ -99,7 +99,7 @@ pub enum RunResult {
 /// How a run that has ended was found. Nothing of it can still push.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ended {
-    /// Absent where the builder was lost before it could write one.
+    /// Absent where the builder was lost (killed, ended with its host, revoked) before it had one to write.
     pub outcome: Option<Outcome>,
     /// What the builder recorded before it PUT the target's tag: after a crash it tells whether the image at the
     /// target is this run's.

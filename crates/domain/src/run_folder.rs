@@ -29,7 +29,8 @@ pub const BUILDER_LOCK: &str = "builder.lock";
 pub const PUSH_LOCK: &str = "push.lock";
 /// The builder's standard output and error. It is there from just before the builder is started.
 pub const OUTPUT: &str = "output";
-/// A [`crate::run::Outcome`], JSON; it appears whole or not at all.
+/// A [`crate::run::Outcome`], JSON; it appears whole or not at all. There is none of a run that was revoked, or whose
+/// builder was killed or told to end by a signal: such a run is lost, and says nothing of the build.
 pub const OUTCOME: &str = "outcome.json";
 /// The digest that the builder is about to PUT at the target; it appears whole or not at all.
 pub const TARGET_DIGEST: &str = "target-digest";

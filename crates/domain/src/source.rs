@@ -116,9 +116,13 @@ pub fn check_remote(uri: &str, file_remotes: bool) -> Result<(), InvalidField> {
         _ => return Err(InvalidField::new(FIELD, "the scheme must be https, http, ssh or git")),
     }
     let authority = rest.split('/').next().unwrap_or_default();
-    let (user, host) = authority.rsplit_once('@').map_or((None, authority), |(user, host)| (Some(user), host));
+    let (user, host) =
+        authority.rsplit_once('@').map_or((None, authority), |(user, host)| (Some(user), host));
     if user.is_some_and(|user| scheme != "ssh" || user.contains(':')) {
-        return Err(InvalidField::new(FIELD, "must not contain credentials; give them as username and password"));
+        return Err(InvalidField::new(
+            FIELD,
+            "must not contain credentials; give them as username and password",
+        ));
     }
     if user.is_some_and(|user| user.starts_with('-')) || host.starts_with('-') {
         return Err(InvalidField::new(FIELD, "the host must not begin with '-'"));
@@ -130,6 +134,34 @@ pub fn check_remote(uri: &str, file_remotes: bool) -> Result<(), InvalidField> {
         return Err(InvalidField::new(FIELD, "must not contain white space"));
     }
     Ok(())
+}
+
+/// As whom a git remote is asked, username and password: nobody where both are empty, for a token may be given as either.
+/// A password alone goes with the username `git`, since servers want one and those that take tokens ignore it.
+pub fn git_login<'a>(username: &'a str, password: &'a str) -> Option<(&'a str, &'a str)> {
+    match (username, password) {
+        ("", "") => None,
+        ("", password) => Some(("git", password)),
+        login => Some(login),
+    }
+}
+
+/// What of a git login must not be seen: the password, or the username that stands alone; empty if there is no login.
+pub fn git_secret<'a>(username: &'a str, password: &'a str) -> &'a str {
+    if password.is_empty() { username } else { password }
+}
+
+/// The transports that git may use for a remote: its URL's own, and from http up to https, where a redirect may send it;
+/// never down.
+pub fn git_transports(uri: &str) -> &[&str] {
+    match uri.split_once("://").map(|(scheme, _)| scheme) {
+        Some("http") => &["http", "https"],
+        Some("https") => &["https"],
+        Some("ssh") => &["ssh"],
+        Some("git") => &["git"],
+        Some("file") => &["file"],
+        _ => &[],
+    }
 }
 
 /// A commit, branch or tag, as `git check-ref-format` would take it, and no option or revision expression.
@@ -190,13 +222,40 @@ mod tests {
             assert_eq!(check_remote(good, false), Ok(()), "{good}");
         }
         for bad in [
-            "", "--upload-pack=touch /tmp/x", "ext::sh -c x", "file:///etc", "/etc", "git@host:x", "https://",
-            "https://user:pass@host/x", "https://token@host/x", "ssh://-oProxyCommand=x/y", "ssh://u:p@host/x",
-            "https://-x/y", "https://h/\n", "https://h/a b", "HTTPS://h/x",
+            "",
+            "--upload-pack=touch /tmp/x",
+            "ext::sh -c x",
+            "file:///etc",
+            "/etc",
+            "git@host:x",
+            "https://",
+            "https://user:pass@host/x",
+            "https://token@host/x",
+            "ssh://-oProxyCommand=x/y",
+            "ssh://u:p@host/x",
+            "https://-x/y",
+            "https://h/\n",
+            "https://h/a b",
+            "HTTPS://h/x",
         ] {
             assert!(check_remote(bad, false).is_err(), "{bad}");
         }
         assert_eq!(check_remote("file:///srv/x.git", true), Ok(()));
+    }
+
+    #[test]
+    fn logins_and_transports() {
+        for (given, login) in [
+            (("", ""), None),
+            (("ann", "word"), Some(("ann", "word"))),
+            (("token", ""), Some(("token", ""))),
+            (("", "token"), Some(("git", "token"))),
+        ] {
+            assert_eq!(git_login(given.0, given.1), login);
+        }
+        assert_eq!(git_transports("http://h/x"), ["http", "https"]);
+        assert_eq!(git_transports("https://h/x"), ["https"]);
+        assert!(git_transports("ext::sh -c x").is_empty());
     }
 
     #[test]
@@ -207,10 +266,13 @@ mod tests {
         for bad in ["/etc/passwd", "../../etc", "a/../b", "a/..", ".git/config", "a\0", "a\nb"] {
             assert!(check_path("path", bad).is_err(), "{bad}");
         }
-        for good in ["", "main", "feature/x", "v1.2", "4f45d02eac0000000000000000000000000000000", "ветка"] {
+        for good in ["", "main", "feature/x", "v1.2", "4f45d02eac0000000000000000000000000000000", "ветка"]
+        {
             assert_eq!(check_revision(good), Ok(()), "{good}");
         }
-        for bad in ["-x", "--upload-pack=x", "a..b", "HEAD~1", "HEAD^{/x}", "a:b", "refs/*", "a b", "@{u}", "x/"] {
+        for bad in
+            ["-x", "--upload-pack=x", "a..b", "HEAD~1", "HEAD^{/x}", "a:b", "refs/*", "a b", "@{u}", "x/"]
+        {
             assert!(check_revision(bad).is_err(), "{bad}");
         }
     }

@@ -14,22 +14,49 @@ pub enum Change {
     /// Accepted. The record is new.
     Queued(Box<Record>),
     /// An instance acts on it now, first or after another.
-    Claimed { by: InstanceId },
+    Claimed {
+        by: InstanceId,
+    },
     /// The holder's engine runs a builder for it.
-    Started { by: InstanceId, handle: Handle, engine: String },
+    Started {
+        by: InstanceId,
+        handle: Handle,
+        engine: String,
+    },
     /// The holder must stop it.
-    CancelRequested { reason: String },
+    CancelRequested {
+        reason: String,
+    },
     /// A holder that is asked to end lets go; no attempt is counted.
-    Released { by: InstanceId },
+    Released {
+        by: InstanceId,
+    },
     /// The builder was lost; the attempt that follows.
-    Retrying { by: InstanceId, why: String },
+    Retrying {
+        by: InstanceId,
+        why: String,
+    },
     /// A further owner waits for it, or a further request was answered with it.
-    Joined { owner: String, request: String },
-    Succeeded { by: InstanceId, digest: Digest, findings: Findings },
+    Joined {
+        owner: String,
+        request: String,
+    },
+    Succeeded {
+        by: InstanceId,
+        digest: Digest,
+        findings: Findings,
+    },
     /// `by` is absent for a build that nobody ever claimed and whose time in the queue is up.
-    Failed { by: Option<InstanceId>, failure: Failure, findings: Findings },
+    Failed {
+        by: Option<InstanceId>,
+        failure: Failure,
+        findings: Findings,
+    },
     /// `by` is absent for a build that nobody ever claimed.
-    Cancelled { by: Option<InstanceId>, findings: Findings },
+    Cancelled {
+        by: Option<InstanceId>,
+        findings: Findings,
+    },
 }
 
 impl Change {
@@ -52,7 +79,15 @@ impl Change {
 
 /// Every event's name.
 pub const EVENTS: [&str; 10] = [
-    "queued", "claimed", "started", "cancel_requested", "released", "retrying", "joined", "succeeded", "failed",
+    "queued",
+    "claimed",
+    "started",
+    "cancel_requested",
+    "released",
+    "retrying",
+    "joined",
+    "succeeded",
+    "failed",
     "cancelled",
 ];
 
@@ -78,7 +113,9 @@ pub fn apply(before: Option<&Record>, change: &Change) -> Result<Record, Illegal
         return match before {
             Some(last) if !last.state.is_terminal() => Err(Illegal::Active),
             Some(last) if last.id == new.id => Err(Illegal::Refused { event, why: "the id was used before" }),
-            _ if !is_new(new) => Err(Illegal::Refused { event, why: "the record is not that of a new build" }),
+            _ if !is_new(new) => {
+                Err(Illegal::Refused { event, why: "the record is not that of a new build" })
+            }
             _ => Ok((**new).clone()),
         };
     }
@@ -268,7 +305,11 @@ mod tests {
         prop_oneof![
             Just(Change::Queued(Box::new(queued()))),
             by.clone().prop_map(|by| Change::Claimed { by }),
-            by.clone().prop_map(|by| Change::Started { by, handle: Handle::new("h"), engine: "local".into() }),
+            by.clone().prop_map(|by| Change::Started {
+                by,
+                handle: Handle::new("h"),
+                engine: "local".into()
+            }),
             Just(Change::CancelRequested { reason: "enough".into() }),
             by.clone().prop_map(|by| Change::Released { by }),
             by.clone().prop_map(|by| Change::Retrying { by, why: "lost".into() }),

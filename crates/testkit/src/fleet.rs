@@ -69,7 +69,8 @@ impl Fleet {
         }
         drop(held);
         let [health, metrics, grpc] = addresses.try_into().map_err(|_| anyhow::anyhow!("three ports"))?;
-        let stderr = std::fs::File::options().create(true).append(true).open(self.folder.path().join("stderr.log"))?;
+        let stderr =
+            std::fs::File::options().create(true).append(true).open(self.folder.path().join("stderr.log"))?;
         let child = Command::new(&self.program)
             .arg(role)
             .env("KILN_LOG_FORMAT", "text")

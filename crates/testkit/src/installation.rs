@@ -95,7 +95,8 @@ impl Installation {
 
     /// `grpc`, `registry`, `health`, `metrics` as `host:port`; `nats` as a URL with its user.
     pub fn endpoint(&self, name: &str) -> Result<String> {
-        let endpoints: Value = serde_json::from_str(&std::fs::read_to_string(self.data().join("endpoints.json"))?)?;
+        let endpoints: Value =
+            serde_json::from_str(&std::fs::read_to_string(self.data().join("endpoints.json"))?)?;
         let endpoint = endpoints.get(name).and_then(Value::as_str);
         Ok(endpoint.with_context(|| format!("no endpoint {name}"))?.to_owned())
     }
@@ -153,7 +154,12 @@ impl Installation {
         let mut log = Vec::new();
         let read = async {
             while let Some(chunk) = chunks.message().await? {
-                ensure!(chunk.offset == u64::try_from(log.len())?, "a gap at {}: {}", log.len(), chunk.offset);
+                ensure!(
+                    chunk.offset == u64::try_from(log.len())?,
+                    "a gap at {}: {}",
+                    log.len(),
+                    chunk.offset
+                );
                 log.extend_from_slice(&chunk.content);
                 if chunk.complete {
                     return Ok(());

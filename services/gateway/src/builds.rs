@@ -63,7 +63,10 @@ impl Builds for BuildsApi {
         self.metrics.call("BuildImage", request, |request| self.build(request)).await
     }
 
-    async fn build_status(&self, request: Request<api::BuildStatusRequest>) -> Result<Response<api::Build>, Status> {
+    async fn build_status(
+        &self,
+        request: Request<api::BuildStatusRequest>,
+    ) -> Result<Response<api::Build>, Status> {
         self.metrics
             .call("BuildStatus", request, async |request| {
                 let entry = self.entry(&request::build_id(&request.id)?).await?;
@@ -99,7 +102,9 @@ impl Builds for BuildsApi {
             .call("ListBuilds", request, async |request| {
                 let query = Query::new(request)?;
                 if !self.view.is_caught_up() {
-                    return Err(Status::unavailable("this gateway is still reading what there is; ask again"));
+                    return Err(Status::unavailable(
+                        "this gateway is still reading what there is; ask again",
+                    ));
                 }
                 let mut found = self.view.newest(query.before, |entry| query.wants(entry), query.limit + 1);
                 let more = found.len() > query.limit;
@@ -109,18 +114,24 @@ impl Builds for BuildsApi {
                     _ => String::new(),
                 };
                 let queue = queue(&self.view);
-                let builds =
-                    found.iter().map(|(_, entry)| convert::build(entry, ahead(&queue, entry), None)).collect();
+                let builds = found
+                    .iter()
+                    .map(|(_, entry)| convert::build(entry, ahead(&queue, entry), None))
+                    .collect();
                 Ok(api::ListBuildsResponse { builds, next_page_token })
             })
             .await
     }
 
-    async fn cancel_build(&self, request: Request<api::CancelBuildRequest>) -> Result<Response<api::Build>, Status> {
+    async fn cancel_build(
+        &self,
+        request: Request<api::CancelBuildRequest>,
+    ) -> Result<Response<api::Build>, Status> {
         self.metrics
             .call("CancelBuild", request, async |request| {
                 let id = request::build_id(&request.id)?;
-                check_text("reason", &request.reason).map_err(|error| Status::invalid_argument(error.to_string()))?;
+                check_text("reason", &request.reason)
+                    .map_err(|error| Status::invalid_argument(error.to_string()))?;
                 let question = ask::Cancel { build_id: id.to_string(), reason: request.reason };
                 let answer = self.bus.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
                 self.build_of(answer).await
@@ -137,9 +148,13 @@ impl Builds for BuildsApi {
                 let reference: ImageReference =
                     request.r#ref.parse().map_err(|error| status::invalid("ref", error))?;
                 if !request.platform.is_empty() {
-                    request.platform.parse::<Platform>().map_err(|error| status::invalid("platform", error))?;
+                    request
+                        .platform
+                        .parse::<Platform>()
+                        .map_err(|error| status::invalid("platform", error))?;
                 }
-                let secrets = Secrets { registry: request::registry_auth(request.auth)?, ..Secrets::default() };
+                let secrets =
+                    Secrets { registry: request::registry_auth(request.auth)?, ..Secrets::default() };
                 let question = ResolveImage {
                     reference: reference.to_string(),
                     platform: request.platform,
@@ -202,7 +217,9 @@ impl BuildsApi {
                 base_ref: built.base_ref,
                 digest: built.digest,
             }),
-            (None, None) => return Err(Status::internal("the orchestrator answered with neither build nor image")),
+            (None, None) => {
+                return Err(Status::internal("the orchestrator answered with neither build nor image"));
+            }
         };
         Ok(api::BuildImageResponse { outcome: Some(outcome), joined: answer.joined })
     }

@@ -38,8 +38,7 @@ impl Query {
             size if size <= LARGEST_PAGE => size,
             size => return Err(invalid("page_size", format!("{size} is above {LARGEST_PAGE}"))),
         };
-        let mut query =
-            Self { states, owner: request.owner, target_ref: request.r#ref, limit, before: None };
+        let mut query = Self { states, owner: request.owner, target_ref: request.r#ref, limit, before: None };
         if !request.page_token.is_empty() {
             query.before = Some(query.place_of(&request.page_token).ok_or_else(|| {
                 invalid("page_token", "was not given by this service for this query; list from the start")
@@ -82,11 +81,17 @@ mod tests {
     #[test]
     fn a_token_is_good_for_its_query_alone() {
         let ask = |owner: &str, page_token: &str| {
-            Query::new(api::ListBuildsRequest { owner: owner.into(), page_token: page_token.into(), ..Default::default() })
+            Query::new(api::ListBuildsRequest {
+                owner: owner.into(),
+                page_token: page_token.into(),
+                ..Default::default()
+            })
         };
         let token = ask("ann", "").unwrap().token(42);
         assert_eq!(ask("ann", &token).unwrap().before, Some(42));
-        for (owner, token) in [("bob", token.as_str()), ("ann", "made-up"), ("ann", "NDIuMDAwMDAwMDA"), ("ann", "é")] {
+        for (owner, token) in
+            [("bob", token.as_str()), ("ann", "made-up"), ("ann", "NDIuMDAwMDAwMDA"), ("ann", "é")]
+        {
             let status = ask(owner, token).unwrap_err();
             assert_eq!(status.code(), tonic::Code::InvalidArgument);
             assert!(status.message().starts_with("page_token: "), "{}", status.message());

@@ -21,7 +21,8 @@ pub(crate) fn build_id(id: &str) -> Result<BuildId, Status> {
 
 /// The source, and the git credentials that come with it.
 pub(crate) fn source(source: Option<api::Source>, file_remotes: bool) -> Result<(Source, Secrets), Status> {
-    let from = source.and_then(|source| source.from).ok_or_else(|| invalid("source", "build source is missing"))?;
+    let from =
+        source.and_then(|source| source.from).ok_or_else(|| invalid("source", "build source is missing"))?;
     match from {
         api::source::From::Image(reference) => {
             let reference = reference.parse().map_err(|error| invalid("source.image", error))?;
@@ -45,8 +46,13 @@ pub(crate) fn source(source: Option<api::Source>, file_remotes: bool) -> Result<
             if git.password.len() > limits::REQUEST_BYTES || git.password.contains(['\0', '\n', '\r']) {
                 return Err(invalid("source.dockerfile.git.password", "is too long or contains a line end"));
             }
-            if (!git.username.is_empty() || !git.password.is_empty()) && !source.remote_uri.starts_with("http") {
-                return Err(invalid("source.dockerfile.git.username", "credentials are for http and https remotes"));
+            if (!git.username.is_empty() || !git.password.is_empty())
+                && !source.remote_uri.starts_with("http")
+            {
+                return Err(invalid(
+                    "source.dockerfile.git.username",
+                    "credentials are for http and https remotes",
+                ));
             }
             let secrets =
                 Secrets { git_username: git.username, git_password: git.password, ..Secrets::default() };
@@ -65,7 +71,10 @@ fn platform(platforms: &[String]) -> Result<Option<Platform>, Status> {
             if platform == Platform::default() {
                 Ok(None)
             } else {
-                Err(invalid(FIELD, format!("{platform} is not supported by this installation, only {}", Platform::default())))
+                Err(invalid(
+                    FIELD,
+                    format!("{platform} is not supported by this installation, only {}", Platform::default()),
+                ))
             }
         }
         _ => Err(invalid(FIELD, "several platforms are not supported by this installation")),
@@ -83,7 +92,9 @@ pub(crate) fn registry_auth(auth: Option<api::RegistryAuth>) -> Result<RegistryA
             .ok()
             .and_then(|pair| String::from_utf8(pair).ok())
             .filter(|pair| pair.contains(':') && !pair.contains(['\0', '\n', '\r']))
-            .ok_or_else(|| invalid("auth.credentials", format!("of {host} must be base64 of username:password")))?;
+            .ok_or_else(|| {
+                invalid("auth.credentials", format!("of {host} must be base64 of username:password"))
+            })?;
         credentials.insert(host, pair);
     }
     for host in &auth.allowed_hosts {
@@ -107,10 +118,15 @@ pub(crate) fn check_build(request: &api::BuildImageRequest) -> Result<(), Status
     for (key, value) in &request.labels {
         let fits = !key.is_empty() && !key.chars().chain(value.chars()).any(char::is_control);
         if !fits {
-            return Err(invalid("labels", "a key must not be empty, and no control character may stand in them"));
+            return Err(invalid(
+                "labels",
+                "a key must not be empty, and no control character may stand in them",
+            ));
         }
     }
-    let sizes = |map: &mut dyn Iterator<Item = (&String, &String)>| map.map(|(k, v)| k.len() + v.len()).sum::<usize>();
+    let sizes = |map: &mut dyn Iterator<Item = (&String, &String)>| {
+        map.map(|(k, v)| k.len() + v.len()).sum::<usize>()
+    };
     let labels = sizes(&mut request.labels.iter());
     let args = match request.source.as_ref().and_then(|source| source.from.as_ref()) {
         Some(api::source::From::Dockerfile(dockerfile)) => sizes(&mut dockerfile.build_args.iter()),
@@ -118,7 +134,11 @@ pub(crate) fn check_build(request: &api::BuildImageRequest) -> Result<(), Status
     };
     if labels + args > limits::REQUEST_BYTES {
         let field = if labels > args { "labels" } else { "source.dockerfile.build_args" };
-        let problem = format!("labels and build args have {} bytes, more than the {} allowed", labels + args, limits::REQUEST_BYTES);
+        let problem = format!(
+            "labels and build args have {} bytes, more than the {} allowed",
+            labels + args,
+            limits::REQUEST_BYTES
+        );
         return Err(invalid(field, problem));
     }
     Ok(())
@@ -188,7 +208,11 @@ mod tests {
     #[test]
     fn a_password_may_hold_a_colon_and_no_line_end() {
         let auth = |pair: &str| api::RegistryAuth {
-            credentials: [("r.example:5000".to_owned(), base64::engine::general_purpose::STANDARD.encode(pair))].into(),
+            credentials: [(
+                "r.example:5000".to_owned(),
+                base64::engine::general_purpose::STANDARD.encode(pair),
+            )]
+            .into(),
             ..Default::default()
         };
         let taken = registry_auth(Some(auth("user:pass:word"))).unwrap();

@@ -36,7 +36,11 @@ impl Metrics {
             }),
         };
         registry.register("rpcs_handled", "Calls answered, by method and gRPC code", metrics.handled.clone());
-        registry.register("rpc_seconds", "Time to the answer of a call, or to a stream's begin", metrics.seconds.clone());
+        registry.register(
+            "rpc_seconds",
+            "Time to the answer of a call, or to a stream's begin",
+            metrics.seconds.clone(),
+        );
         metrics
     }
 

@@ -27,7 +27,8 @@ pub(crate) struct Steps {
 impl Steps {
     /// Follows the steps of all builds until `stop`.
     pub(crate) fn start(logs: &Logs, view: &View, tasks: &TaskTracker, stop: &CancellationToken) -> Self {
-        let steps = Self { last: Arc::default(), told: broadcast::Sender::new(TOLD_KEPT), logs: logs.clone() };
+        let steps =
+            Self { last: Arc::default(), told: broadcast::Sender::new(TOLD_KEPT), logs: logs.clone() };
         let (following, view, stop) = (steps.clone(), view.clone(), stop.clone());
         tasks.spawn(async move {
             tokio::select! {

@@ -34,14 +34,7 @@ impl BuildsApi {
         let told = self.steps.told();
         let first = self.shown(&entry).await;
         let over = entry.record.state.is_terminal();
-        let watch = Watch {
-            view: self.view.clone(),
-            changes,
-            told,
-            sent: entry,
-            step: None,
-            over,
-        };
+        let watch = Watch { view: self.view.clone(), changes, told, sent: entry, step: None, over };
         let later = futures::stream::unfold(watch, async |mut watch| {
             let build = watch.next().await?;
             Some((Ok(build), watch))
@@ -57,7 +50,8 @@ impl Watch {
             return None;
         }
         loop {
-            let newer = self.view.get(&self.sent.record.id).filter(|entry| entry.sequence > self.sent.sequence);
+            let newer =
+                self.view.get(&self.sent.record.id).filter(|entry| entry.sequence > self.sent.sequence);
             if let Some(newer) = newer {
                 self.sent = (*newer).clone();
                 self.over = self.sent.record.state.is_terminal();

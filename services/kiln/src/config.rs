@@ -215,9 +215,11 @@ impl Config {
             "stands beside `seal.seed`: one of them",
         );
         wrong(![1, 3, 5].contains(&self.streams.replicas), "streams.replicas", "must be 1, 3 or 5");
-        let known = |server: &str| ["nats://", "tls://"].iter().any(|scheme| {
-            server.trim().strip_prefix(scheme).is_some_and(|rest| !rest.is_empty())
-        });
+        let known = |server: &str| {
+            ["nats://", "tls://"]
+                .iter()
+                .any(|scheme| server.trim().strip_prefix(scheme).is_some_and(|rest| !rest.is_empty()))
+        };
         wrong(
             !self.nats.url.is_empty() && !self.nats.url.split(',').all(known),
             "nats.url",
@@ -226,7 +228,11 @@ impl Config {
         let seed = self.seal.seed.clone();
         wrong(seed.is_some_and(|seed| OpenKey::from_seed(seed).is_err()), "seal.seed", "is no xkey's seed");
         let public = self.seal.public_key.as_deref();
-        wrong(public.is_some_and(|key| SealKey::from_public(key).is_err()), "seal.public_key", "is no xkey's public key");
+        wrong(
+            public.is_some_and(|key| SealKey::from_public(key).is_err()),
+            "seal.public_key",
+            "is no xkey's public key",
+        );
         for (key, bytes) in [
             ("streams.journal_max_bytes", self.streams.journal_max_bytes),
             ("streams.logs_max_bytes", self.streams.logs_max_bytes),

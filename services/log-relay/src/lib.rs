@@ -68,7 +68,8 @@ pub async fn run(
     let metrics = Metrics::register(&mut registry);
     let (tasks, ended) = (TaskTracker::new(), CancellationToken::new());
     let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
-    let holders = Holders::start(&bus, ROLE, &life, engine.host().as_deref(), &tasks).await.context("take a lease")?;
+    let holders =
+        Holders::start(&bus, ROLE, &life, engine.host().as_deref(), &tasks).await.context("take a lease")?;
     let journal = Journal::open(&bus).await.context("open the journal")?;
     let secrets = SecretsBucket::open(&bus).await.context("open the secrets")?;
     let logs = Logs::new(&bus);

@@ -7,9 +7,9 @@ use kiln_contract::event::Progress;
 use kiln_domain::step::StepTimes;
 use tokio::sync::{mpsc, watch};
 
-use kiln_domain::mask::MASK;
 use crate::metrics::Metrics;
 use crate::relay::Trouble;
+use kiln_domain::mask::MASK;
 
 /// Something to append.
 #[derive(Debug)]

@@ -17,10 +17,10 @@ use kiln_domain::rank::rank;
 use tokio::sync::{mpsc, watch};
 
 use crate::config::Config;
-use kiln_domain::mask::Patterns;
 use crate::metrics::Metrics;
 use crate::output::{ITEMS, Item, Output};
 use crate::source::Reading;
+use kiln_domain::mask::Patterns;
 
 /// What all logs of this process share.
 pub(crate) struct Shared {

@@ -13,10 +13,10 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::held::Held;
-use kiln_domain::mask::{Masker, Patterns, Piece};
 use crate::metrics::Metrics;
 use crate::output::Output;
 use crate::relay::Trouble;
+use kiln_domain::mask::{Masker, Patterns, Piece};
 
 /// Reads a build's outputs until the build is over and they have ended.
 pub(crate) struct Reading {

@@ -88,7 +88,9 @@ impl Shared {
                 Ok(accepted) => return Ok(accepted),
                 // Somebody was first: mostly there is a build to join now.
                 Err(AppendError::Lost) => {}
-                Err(AppendError::Illegal(error)) => return Err(Refusal::new(Code::Internal, error.to_string())),
+                Err(AppendError::Illegal(error)) => {
+                    return Err(Refusal::new(Code::Internal, error.to_string()));
+                }
                 Err(AppendError::Bus(error)) => return Err(error.into()),
             }
         }
@@ -116,16 +118,23 @@ impl Shared {
     ) -> Result<Record, Refusal> {
         let active = self.view.active();
         let room = self.journal.room().await?;
-        let reserved = RESERVE.saturating_mul(u64::try_from(active.len()).unwrap_or(u64::MAX).saturating_add(1));
+        let reserved =
+            RESERVE.saturating_mul(u64::try_from(active.len()).unwrap_or(u64::MAX).saturating_add(1));
         if room < reserved {
             return Err(Refusal::new(
                 Code::Unavailable,
-                format!("the journal is nearly full: the room that is left is kept for {} active builds", active.len()),
+                format!(
+                    "the journal is nearly full: the room that is left is kept for {} active builds",
+                    active.len()
+                ),
             ));
         }
         let queued = active.iter().filter(|entry| entry.record.claims == 0).count();
         if queued >= self.config.max_queued {
-            return Err(Refusal::new(Code::ResourceExhausted, format!("the queue is full: {queued} builds wait")));
+            return Err(Refusal::new(
+                Code::ResourceExhausted,
+                format!("the queue is full: {queued} builds wait"),
+            ));
         }
         // A base that is there need not be built again, unless that is what was asked for.
         let base_exists = match request.source {
@@ -171,7 +180,12 @@ impl Shared {
     }
 
     /// Keeps the secrets, then appends `queued`: a build is never without its entry in the list of what to clean up.
-    async fn begin(&self, tail: Option<&Entry>, record: Record, sealed: &Bytes) -> Result<Accepted, AppendError> {
+    async fn begin(
+        &self,
+        tail: Option<&Entry>,
+        record: Record,
+        sealed: &Bytes,
+    ) -> Result<Accepted, AppendError> {
         let id = record.id.clone();
         let sealed = if sealed.is_empty() { self.sealed_nothing()? } else { sealed.clone() };
         self.secrets.put(&id, sealed).await?;

@@ -93,7 +93,9 @@ impl Held<'_> {
         match tokio::time::timeout(RELEASE_PATIENCE, self.append(&change)).await {
             Ok(Ok(_)) => {}
             Ok(Err(_)) => tracing::info!(build.id = %id, "build `{id}` was lost before it could be released"),
-            Err(_) => tracing::warn!(build.id = %id, "build `{id}` could not be released: our lease on it will lapse"),
+            Err(_) => {
+                tracing::warn!(build.id = %id, "build `{id}` could not be released: our lease on it will lapse")
+            }
         }
     }
 }

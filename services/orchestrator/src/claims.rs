@@ -78,8 +78,9 @@ impl Claims {
         let mut active = shared.view.active();
         self.let_go.retain(|id, known| shared.view.get(id).is_some_and(|entry| entry.sequence < *known));
         active.retain(|entry| !self.let_go.contains_key(&entry.record.id));
-        let (claimed, free): (Vec<_>, Vec<_>) =
-            active.iter().partition(|entry| entry.record.claimed_by.as_ref().is_some_and(|by| shared.holders.is_live(by)));
+        let (claimed, free): (Vec<_>, Vec<_>) = active
+            .iter()
+            .partition(|entry| entry.record.claimed_by.as_ref().is_some_and(|by| shared.holders.is_live(by)));
         shared.metrics.running.set(i64::try_from(self.names.len()).unwrap_or(i64::MAX));
         shared.metrics.queued.set(
             i64::try_from(active.iter().filter(|entry| entry.record.claims == 0).count()).unwrap_or(i64::MAX),
@@ -168,7 +169,9 @@ async fn claim(shared: &Shared, entry: &Arc<Entry>, me: &InstanceId) -> Option<E
     let id = &entry.record.id;
     if let Some(last) = &entry.record.claimed_by {
         match shared.holders.confirm_dead(last).await {
-            Ok(true) => tracing::info!(build.id = %id, "taking build `{id}` over from {last}, whose lease has ended"),
+            Ok(true) => {
+                tracing::info!(build.id = %id, "taking build `{id}` over from {last}, whose lease has ended")
+            }
             Ok(false) => return None,
             Err(error) => {
                 tracing::warn!(build.id = %id, "build `{id}` can't be taken over from {last} now: {error}");

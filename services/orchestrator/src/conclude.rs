@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
+use kiln_domain::engine::Observed;
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::limits;
 use kiln_domain::reference::{Digest, ImageReference};
-use kiln_domain::engine::Observed;
 use kiln_domain::run::{Ended, Findings, RunResult};
 use kiln_domain::transition::Change;
 
@@ -43,7 +43,11 @@ impl Held<'_> {
             return self.end(Change::Cancelled { by: Some(self.me.clone()), findings }).await;
         }
         let failure = match (ending, ended.outcome.map(|outcome| outcome.result)) {
-            (Ending::Deadline, Some(RunResult::Failed(failure))) if failure.reason == FailureReason::Timeout => failure,
+            (Ending::Deadline, Some(RunResult::Failed(failure)))
+                if failure.reason == FailureReason::Timeout =>
+            {
+                failure
+            }
             (Ending::Deadline, _) => self.took_too_long(&findings),
             (_, Some(RunResult::Failed(failure))) => failure,
             (_, Some(RunResult::Pushed(digest))) => {
@@ -53,10 +57,13 @@ impl Held<'_> {
             (Ending::GaveUp(failure), None) => failure,
             (Ending::Natural, None) if self.record().attempt < limits::ATTEMPTS => {
                 let attempt = self.record().attempt;
-                return self.retry(&format!("attempt {attempt} was lost: its builder vanished without an outcome")).await;
+                return self
+                    .retry(&format!("attempt {attempt} was lost: its builder vanished without an outcome"))
+                    .await;
             }
             (Ending::Natural, None) => {
-                let message = format!("the builder vanished {} times without an outcome", self.record().attempt);
+                let message =
+                    format!("the builder vanished {} times without an outcome", self.record().attempt);
                 Failure::new(FailureReason::EngineLost, message)
             }
         };
@@ -136,6 +143,9 @@ impl Held<'_> {
         let longest = findings.steps.iter().max_by_key(|step| step.duration_ms);
         let what = longest.map(|step| format!("; what ran longest: step {} ({})", step.number, step.name));
         let limit = self.record().timeout();
-        Failure::new(FailureReason::Timeout, format!("took longer than {limit:?}{}", what.unwrap_or_default()))
+        Failure::new(
+            FailureReason::Timeout,
+            format!("took longer than {limit:?}{}", what.unwrap_or_default()),
+        )
     }
 }

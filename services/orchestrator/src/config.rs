@@ -57,7 +57,9 @@ impl Config {
             match parsed {
                 _ if repository.is_empty() => problems.push(format!("{key}: is missing")),
                 Ok(parsed) if parsed.name() == *repository && parsed.digest().is_none() => {}
-                Ok(_) => problems.push(format!("{key}: `{repository}` must be registry/repository, without a tag")),
+                Ok(_) => {
+                    problems.push(format!("{key}: `{repository}` must be registry/repository, without a tag"))
+                }
                 Err(error) => problems.push(format!("{key}: {error}")),
             }
         }

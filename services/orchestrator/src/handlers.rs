@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use kiln_bus::serve::Server;
 use kiln_bus::BusError;
+use kiln_bus::serve::Server;
 use kiln_contract::error::{Code, Refusal};
 use kiln_contract::orchestrator::{
-    AlreadyBuilt, Build, BuildAnswer, Cancel, RecordAt, WorkspaceImage, WorkspaceImageAnswer, source_from_json,
+    AlreadyBuilt, Build, BuildAnswer, Cancel, RecordAt, WorkspaceImage, WorkspaceImageAnswer,
+    source_from_json,
 };
 use kiln_domain::id::BuildId;
 
@@ -71,7 +72,10 @@ async fn cancel(orchestrator: &Shared, question: Cancel) -> Result<RecordAt, Ref
     RecordAt::new(&entry.record, entry.sequence)
 }
 
-async fn workspace_image(orchestrator: &Shared, question: WorkspaceImage) -> Result<WorkspaceImageAnswer, Refusal> {
+async fn workspace_image(
+    orchestrator: &Shared,
+    question: WorkspaceImage,
+) -> Result<WorkspaceImageAnswer, Refusal> {
     let source = source_from_json(&question.source)?;
     let image = orchestrator.identify(&source, &question.secrets).await?;
     let found = orchestrator.resolver.find(&image.target_ref).await?;

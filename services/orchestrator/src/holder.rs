@@ -103,7 +103,8 @@ impl Held<'_> {
 
     #[expect(clippy::disallowed_methods, reason = "a limit is compared with the stream's wall-clock time")]
     fn queue_time_is_up(&self) -> bool {
-        self.record().started_at.is_none() && self.record().queue_deadline().is_some_and(|at| at < Timestamp::now())
+        self.record().started_at.is_none()
+            && self.record().queue_deadline().is_some_and(|at| at < Timestamp::now())
     }
 
     /// Starts the present attempt's builder, or finds the one that another holder started.
@@ -138,7 +139,9 @@ impl Held<'_> {
         self.check()?;
         match self.shared.engine.start(&spec, &secrets).await {
             Ok(handle) => self.started(handle).await,
-            Err(EngineError::Rejected(failure)) => self.conclude(Ended::default(), Ending::GaveUp(failure)).await,
+            Err(EngineError::Rejected(failure)) => {
+                self.conclude(Ended::default(), Ending::GaveUp(failure)).await
+            }
             // Revoked by one who took this run for lost and then lost its claim before it could say so.
             Err(EngineError::Revoked | EngineError::Gone) => {
                 self.conclude(Ended::default(), Ending::Natural).await

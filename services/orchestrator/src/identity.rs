@@ -22,7 +22,10 @@ impl Shared {
         let (base_ref, commit) = match source {
             Source::Image(reference) => {
                 let pinned = self.resolver.pin(reference, secrets).await;
-                let named = |refusal: Refusal| Refusal { message: format!("source.image: {}", refusal.message), ..refusal };
+                let named = |refusal: Refusal| Refusal {
+                    message: format!("source.image: {}", refusal.message),
+                    ..refusal
+                };
                 (pinned.map_err(named)?, None)
             }
             Source::Dockerfile(dockerfile) => {
@@ -39,5 +42,7 @@ impl Shared {
 
 /// A reference that we made of a configured repository, which was checked at start.
 fn ours(reference: &str) -> Result<ImageReference, Refusal> {
-    reference.parse().map_err(|error| Refusal::new(Code::Internal, format!("a repository is configured wrong: {error}")))
+    reference
+        .parse()
+        .map_err(|error| Refusal::new(Code::Internal, format!("a repository is configured wrong: {error}")))
 }

@@ -28,7 +28,9 @@ impl Held<'_> {
         let steps = steps.into_iter().map(|step| Step { name: mask(&step.name), ..step }).collect();
         let bases = bases.into_iter().map(|base| Base { reference: mask(&base.reference), ..base }).collect();
         let result = match outcome.result {
-            RunResult::Failed(failure) => RunResult::Failed(Failure::new(failure.reason, mask(&failure.message))),
+            RunResult::Failed(failure) => {
+                RunResult::Failed(Failure::new(failure.reason, mask(&failure.message)))
+            }
             pushed @ RunResult::Pushed(_) => pushed,
         };
         Ok(Outcome { result, findings: Findings { steps, bases, build_tool } })

@@ -33,12 +33,20 @@ impl Metrics {
             running: Gauge::default(),
             queued: Gauge::default(),
         };
-        registry.register("builds_started", "Builds whose first builder was started", metrics.started.clone());
+        registry.register(
+            "builds_started",
+            "Builds whose first builder was started",
+            metrics.started.clone(),
+        );
         registry.register("builds_retried", "Attempts after a lost builder", metrics.retried.clone());
         registry.register("builds_done", "Builds that ended, by result and reason", metrics.done.clone());
         registry.register("build_seconds", "Time from accepted to ended", metrics.seconds.clone());
         registry.register("builds_running", "Builds that this process acts on", metrics.running.clone());
-        registry.register("builds_queued", "Builds that wait for a slot, of the whole installation", metrics.queued.clone());
+        registry.register(
+            "builds_queued",
+            "Builds that wait for a slot, of the whole installation",
+            metrics.queued.clone(),
+        );
         metrics
     }
 
@@ -54,7 +62,10 @@ impl Metrics {
 
     pub(crate) fn ended(&self, entry: &Entry) {
         let record = &entry.record;
-        let labels = Result { result: record.state.as_str(), reason: record.reason.map_or("", |reason| reason.as_str()) };
+        let labels = Result {
+            result: record.state.as_str(),
+            reason: record.reason.map_or("", |reason| reason.as_str()),
+        };
         self.done.get_or_create(&labels).inc();
         if let (Some(queued), Some(finished)) = (record.queued_at, record.finished_at) {
             self.seconds.get_or_create(&labels).observe(finished.duration_since(queued).as_secs_f64());

@@ -22,7 +22,11 @@ impl Resolver {
     }
 
     /// `name@digest` of an image for linux/amd64.
-    pub(crate) async fn pin(&self, reference: &ImageReference, secrets: &Bytes) -> Result<ImageReference, Refusal> {
+    pub(crate) async fn pin(
+        &self,
+        reference: &ImageReference,
+        secrets: &Bytes,
+    ) -> Result<ImageReference, Refusal> {
         let question = ResolveImage {
             reference: reference.to_string(),
             platform: String::new(),
@@ -50,6 +54,7 @@ impl Resolver {
 }
 
 fn parsed<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T, Refusal> {
-    text.parse()
-        .map_err(|error| Refusal::new(Code::Internal, format!("the resolver answered what can't be read: {error}")))
+    text.parse().map_err(|error| {
+        Refusal::new(Code::Internal, format!("the resolver answered what can't be read: {error}"))
+    })
 }

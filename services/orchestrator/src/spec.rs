@@ -9,7 +9,8 @@ use crate::holder::Held;
 impl Held<'_> {
     pub(crate) fn spec(&self) -> Result<RunSpec, String> {
         let record = self.record();
-        let parse = |reference: &str| reference.parse().map_err(|error| format!("a record can't be read: {error}"));
+        let parse =
+            |reference: &str| reference.parse().map_err(|error| format!("a record can't be read: {error}"));
         let base_ref = parse(&record.base_ref)?;
         let work = match (&record.source, &record.commit) {
             (Source::Dockerfile(source), Some(commit)) if !record.base_exists => {
@@ -37,11 +38,17 @@ impl Held<'_> {
             None
         })?;
         let sealed = sealed.ok_or_else(|| Some("the build's secrets are gone".to_owned()))?;
-        let secrets = kiln_bus::secrets::open(&self.shared.open_key, &sealed).map_err(|error| Some(error.to_string()))?;
+        let secrets = kiln_bus::secrets::open(&self.shared.open_key, &sealed)
+            .map_err(|error| Some(error.to_string()))?;
         Ok(RunSecrets {
             git_username: secrets.git_username,
             git_password: Some(secrets.git_password).filter(|password| !password.is_empty()).map(Into::into),
-            registries: secrets.registry.credentials.into_iter().map(|(host, pair)| (host, pair.into())).collect(),
+            registries: secrets
+                .registry
+                .credentials
+                .into_iter()
+                .map(|(host, pair)| (host, pair.into()))
+                .collect(),
             mounts: secrets.mounts.into_iter().map(|(id, content)| (id, content.into())).collect(),
         })
     }

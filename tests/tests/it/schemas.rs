@@ -22,12 +22,18 @@ fn schemas_are_as_generated() -> Result<()> {
             std::fs::write(&path, &text)?;
         }
         let committed = std::fs::read_to_string(&path).with_context(|| format!("read schemas/{name}"))?;
-        ensure!(committed == text, "schemas/{name} has drifted from the types: run `just schemas` and commit");
+        ensure!(
+            committed == text,
+            "schemas/{name} has drifted from the types: run `just schemas` and commit"
+        );
         expected.push(name.into());
     }
     for entry in std::fs::read_dir(folder())? {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        ensure!(expected.contains(&name), "schemas/{name} is not generated: nothing is written there by hand");
+        ensure!(
+            expected.contains(&name),
+            "schemas/{name} is not generated: nothing is written there by hand"
+        );
     }
     Ok(())
 }

@@ -20,7 +20,7 @@ pub(super) fn of_build(
     let error = last_error(&ended.tail)
         .replace(&format!("{work}/source/"), "")
         .replace(&format!("{work}/source"), ".");
-    let error = error.replace(work, "");
+    let error = without_dump(&error.replace(work, "")).to_owned();
     let failed = |reason, message: String| ToolError::Failed(Failure::new(reason, message));
     let named = step.map_or_else(|| "the build".to_owned(), step_name);
     if let Some(at_step) = error.strip_prefix("building at STEP ") {
@@ -52,15 +52,24 @@ pub(super) fn of_build(
         Some(Registry::Denied) => {
             failed(FailureReason::RegistryDenied, format!("{named}: the image may not be pulled: {error}"))
         }
-        Some(Registry::Refused) => {
-            ToolError::Refused(Failure::new(FailureReason::RegistryUnavailable, error))
-        }
+        Some(Registry::Refused) => ToolError::Refused {
+            registry: asked(&error).map(str::to_owned),
+            failure: Failure::new(FailureReason::RegistryUnavailable, error),
+        },
         Some(Registry::Unavailable) => failed(FailureReason::RegistryUnavailable, error),
         None if is_dockerfile_error(&error) => {
             failed(FailureReason::Dockerfile, format!("the Dockerfile cannot be built: {error}"))
         }
         None => failed(FailureReason::Internal, format!("buildah failed: {error}")),
     }
+}
+
+/// Without the dump of its own structures that buildah puts behind some messages.
+fn without_dump(error: &str) -> &str {
+    const DUMPS: [&str; 3] = [" &imagebuilder.", "copier.request{", "(*idtools."];
+    let end = DUMPS.iter().filter_map(|dump| error.find(dump)).min();
+    let text = end.and_then(|end| error.get(..end)).unwrap_or(error);
+    if end.is_some() { text.trim_end().trim_end_matches([':', '"', '(', '{']).trim_end() } else { text }
 }
 
 /// A push that failed.
@@ -70,7 +79,10 @@ pub(super) fn of_push(ended: &Finished, to: &ImageReference) -> ToolError {
     let failure = |reason| Failure::new(reason, format!("cannot push `{to}`: {told}"));
     match of_registry(&error) {
         Some(Registry::Denied) => ToolError::Failed(failure(FailureReason::RegistryDenied)),
-        Some(Registry::Refused) => ToolError::Refused(failure(FailureReason::RegistryUnavailable)),
+        Some(Registry::Refused) => ToolError::Refused {
+            registry: Some(to.registry().to_owned()),
+            failure: failure(FailureReason::RegistryUnavailable),
+        },
         Some(Registry::Unavailable) => ToolError::Failed(failure(FailureReason::RegistryUnavailable)),
         Some(Registry::Missing) | None => ToolError::Failed(failure(FailureReason::Internal)),
     }
@@ -115,6 +127,16 @@ fn of_registry(error: &str) -> Option<Registry> {
     } else {
         None
     }
+}
+
+/// The registry that an error of the transport is about: `pinging container registry HOST: …`, or `Get "https://HOST/…`.
+fn asked(error: &str) -> Option<&str> {
+    let pinged = error.split_once("pinging container registry ").and_then(|(_, rest)| rest.split_once(": "));
+    let url = || {
+        let (_, rest) = error.split_once("\"http://").or_else(|| error.split_once("\"https://"))?;
+        rest.split(['/', '"']).next()
+    };
+    pinged.map(|(host, _)| host).or_else(url).filter(|host| !host.is_empty())
 }
 
 fn is_dockerfile_error(error: &str) -> bool {
@@ -241,10 +263,26 @@ mod tests {
         let ended =
             |text: &str| Finished { status: ExitStatus::from_raw(256), tail: format!("Error: {text}") };
         let to = "127.0.0.1:1/x:y".parse().unwrap();
-        assert!(matches!(
-            of_push(&ended("dial tcp 127.0.0.1:1: connect: connection refused"), &to),
-            ToolError::Refused(_)
-        ));
+        let refused = |error| match error {
+            ToolError::Refused { registry, .. } => registry,
+            ToolError::Failed(failure) => panic!("{failure}"),
+        };
+        let error = of_push(&ended("dial tcp 127.0.0.1:1: connect: connection refused"), &to);
+        assert_eq!(refused(error).as_deref(), Some("127.0.0.1:1"));
+        for (text, registry) in [
+            (
+                "creating build container: initializing source docker://r:5000/x:1: pinging container registry r:5000: Get \"https://r:5000/v2/\": dial tcp 10.0.0.1:5000: connect: connection refused",
+                Some("r:5000"),
+            ),
+            (
+                "reading blob: Get \"http://[::1]:5000/v2/x/blobs/y\": dial tcp [::1]:5000: connect: connection refused",
+                Some("[::1]:5000"),
+            ),
+            ("dial tcp 10.0.0.1:5000: connect: connection refused", None),
+        ] {
+            let error = of_build(&ended(text), "/w", None, None);
+            assert_eq!(refused(error).as_deref(), registry, "{text}");
+        }
         assert!(matches!(of_push(&ended("unauthorized: no"), &to), ToolError::Failed(_)));
     }
 }

@@ -49,6 +49,35 @@ fn answer(mut stream: TcpStream, unauthorized: &str, shown: &Sender<String>) -> 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_username_alone_is_a_token() -> Result<()> {
+    let workshop = Workshop::new().await?;
+    let repository = workshop.repository(&[("Dockerfile", "FROM scratch\n")], &[])?;
+    let secrets = RunSecrets { git_username: "t0ken".into(), ..RunSecrets::default() };
+    let (address, shown) = server(UNAUTHORIZED.into())?;
+    let spec = workshop.build(&repository, |source| source.remote_uri = format!("http://{address}/x"))?;
+    failed(&run(&workshop, &spec, &secrets)?.0, FailureReason::Context)?;
+    // `t0ken:` in base64.
+    ensure!(shown.try_iter().next().as_deref() == Some("Basic dDBrZW46"), "not shown to the remote");
+    Ok(())
+}
+
+/// The second server speaks no TLS: that git gets as far as its handshake is enough.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_remote_may_send_from_http_to_https() -> Result<()> {
+    let workshop = Workshop::new().await?;
+    let repository = workshop.repository(&[("Dockerfile", "FROM scratch\n")], &[])?;
+    let (plain, _) = server(UNAUTHORIZED.into())?;
+    let (address, _) = server(format!(
+        "HTTP/1.1 302 Found\r\nLocation: https://{plain}/x/info/refs?service=git-upload-pack\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    ))?;
+    let spec = workshop.build(&repository, |source| source.remote_uri = format!("http://{address}/x"))?;
+    let failure = failed(&run(&workshop, &spec, &RunSecrets::default())?.0, FailureReason::Context)?;
+    let message = failure.message.to_lowercase();
+    ensure!(message.contains("tls") || message.contains("ssl"), "{failure}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn they_reach_their_own_host_alone() -> Result<()> {
     let workshop = Workshop::new().await?;
     let repository = workshop.repository(&[("Dockerfile", "FROM scratch\n")], &[])?;

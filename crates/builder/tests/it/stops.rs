@@ -22,6 +22,21 @@ async fn sleeping(workshop: &Workshop, change: impl FnOnce(&mut RunSpec)) -> Res
     Ok((run, spec))
 }
 
+fn builder(run: &Run) -> Result<Pid> {
+    run.pid().and_then(Pid::from_raw).context("no pid")
+}
+
+fn pids(workshop: &Workshop, spec: &RunSpec) -> Result<Vec<Pid>> {
+    let lines = workshop.processes(&spec.run)?;
+    lines
+        .iter()
+        .map(|line| {
+            let pid = line.split(' ').next().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
+            pid.context("no pid")
+        })
+        .collect()
+}
+
 fn all_is_gone(workshop: &Workshop, spec: &RunSpec) -> Result<()> {
     let processes = workshop.processes(&spec.run)?;
     ensure!(processes.is_empty(), "still there: {processes:?}");
@@ -38,24 +53,43 @@ fn all_is_gone(workshop: &Workshop, spec: &RunSpec) -> Result<()> {
 async fn by_cancel_revocation_signal_or_deadline_with_all_children() -> Result<()> {
     let workshop = Workshop::new().await?;
     for (cause, reason, part) in [
-        ("cancel", Internal, "cancelled"),
-        ("revoked", Internal, "revoked"),
-        ("TERM", Internal, "told to end"),
-        ("deadline", Timeout, "took longer than 4.0 s; what ran longest: step 3/3 `RUN"),
+        ("cancel", Some(Internal), "cancelled"),
+        ("revoked", None, "stopped: the run was revoked"),
+        ("TERM", None, "stopped: the builder was told to end"),
+        ("TERM to all", None, "stopped: the builder was told to end"),
+        ("deadline", Some(Timeout), "took longer than 4.0 s; what ran longest: step 3/3 `RUN"),
     ] {
         let timeout_ms = if cause == "deadline" { 4_000 } else { 60_000 };
         let (mut run, spec) = sleeping(&workshop, |spec| spec.timeout_ms = timeout_ms).await?;
         match cause {
             "cancel" => run.touch(run_folder::CANCEL)?,
             "revoked" => run.touch(run_folder::REVOKED)?,
-            "TERM" => kill_process(run.pid().and_then(Pid::from_raw).context("no pid")?, Signal::TERM)?,
+            "TERM" => kill_process(builder(&run)?, Signal::TERM)?,
+            // As of a host that goes down; the tools first.
+            "TERM to all" => {
+                for pid in pids(&workshop, &spec)?.into_iter().filter(|pid| Some(*pid) != builder(&run).ok())
+                {
+                    let _ = kill_process(pid, Signal::TERM);
+                }
+                kill_process(builder(&run)?, Signal::TERM)?;
+            }
             _ => {}
         }
-        ensure!(run.wait()? == Some(1), "{cause}: {}", run.output());
-        let outcome = run.outcome()?;
-        let failure = failed(&outcome, reason)?;
-        ensure!(failure.message.contains(part), "{cause}: {failure}");
-        ensure!(outcome.findings.steps.len() == 3, "{cause}: {:?}", outcome.findings.steps);
+        let exit = run.wait()?;
+        if let Some(reason) = reason {
+            ensure!(exit == Some(1), "{cause}: {}", run.output());
+            let outcome = run.outcome()?;
+            let failure = failed(&outcome, reason)?;
+            ensure!(failure.message.contains(part), "{cause}: {failure}");
+            ensure!(outcome.findings.steps.len() == 3, "{cause}: {:?}", outcome.findings.steps);
+        } else {
+            ensure!(exit == Some(6) && run.output().contains(part), "{cause}: {}", run.output());
+            ensure!(!run.has(run_folder::OUTCOME), "{cause}: it left an outcome");
+            ensure!(
+                !run.has(run_folder::SECRETS) && !run.has(run_folder::WORK),
+                "{cause}: it cleared nothing"
+            );
+        }
         ensure!(
             workshop.pushed(&spec.target_ref).await?.is_none() && !run.has(run_folder::TARGET_DIGEST),
             "{cause}: it pushed"
@@ -69,16 +103,20 @@ async fn by_cancel_revocation_signal_or_deadline_with_all_children() -> Result<(
 async fn what_a_killed_builder_left_is_removed_by_the_next() -> Result<()> {
     let workshop = Workshop::new().await?;
     let (mut first, spec) = sleeping(&workshop, |_| {}).await?;
-    kill_process(first.pid().and_then(Pid::from_raw).context("no pid")?, Signal::KILL)?;
+    kill_process(builder(&first)?, Signal::KILL)?;
     ensure!(first.wait()?.is_none());
     // Its children hold the run.
     first.start()?;
     ensure!(first.wait()? == Some(4), "{}", first.output());
-    for line in workshop.processes(&spec.run)? {
-        let pid = line.split(' ').next().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
-        let _ = kill_process(pid.context("no pid")?, Signal::KILL);
-    }
-    until("they are dead", || Ok(workshop.processes(&spec.run)?.is_empty())).await?;
+    // Again and again: one may start another meanwhile.
+    let killed = || {
+        let pids = pids(&workshop, &spec)?;
+        for pid in &pids {
+            let _ = kill_process(*pid, Signal::KILL);
+        }
+        Ok(pids.is_empty())
+    };
+    until("they are dead", killed).await?;
     ensure!(first.has(run_folder::WORK) && !first.has(run_folder::OUTCOME));
     first.touch(run_folder::REVOKED)?;
     first.start()?;
@@ -116,7 +154,7 @@ async fn a_run_that_is_over_or_has_no_spec_is_not_worked_on() -> Result<()> {
 async fn a_revocation_before_the_put_is_seen() -> Result<()> {
     let workshop = Workshop::new().await?;
     let repository = workshop.repository(&[("Dockerfile", "FROM scratch\nCOPY Dockerfile /\n")], &[])?;
-    for name in [run_folder::REVOKED, run_folder::CANCEL] {
+    for (name, exit) in [(run_folder::REVOKED, 6), (run_folder::CANCEL, 1)] {
         let spec = workshop.build(&repository, |_| {})?;
         let mut run = Run::prepare(&workshop, &spec, &RunSecrets::default())?;
         // Whoever has the push lock keeps the builder from its PUT, and its one thread from looking elsewhere.
@@ -130,8 +168,12 @@ async fn a_revocation_before_the_put_is_seen() -> Result<()> {
         until("it waits for the push lock", waits).await?;
         run.touch(name)?;
         drop(gate);
-        ensure!(run.wait()? == Some(1), "{}", run.output());
-        failed(&run.outcome()?, Internal)?;
+        ensure!(run.wait()? == Some(exit), "{}", run.output());
+        if exit == 1 {
+            failed(&run.outcome()?, Internal)?;
+        } else {
+            ensure!(!run.has(run_folder::OUTCOME), "a revoked run left an outcome");
+        }
         ensure!(
             !run.has(run_folder::TARGET_DIGEST) && workshop.pushed(&spec.target_ref).await?.is_none(),
             "it pushed"

@@ -35,7 +35,9 @@ async fn race(bus: &Bus) -> Result<()> {
         let mut racers = tokio::task::JoinSet::new();
         for n in 1..=50 {
             let (journal, queued, by) = (journal.clone(), queued.clone(), instance(n)?);
-            racers.spawn(async move { journal.append(Some(&queued), &Change::Claimed { by: by.clone() }, &by).await });
+            racers.spawn(async move {
+                journal.append(Some(&queued), &Change::Claimed { by: by.clone() }, &by).await
+            });
         }
         let (mut winners, mut losers) = (Vec::new(), 0);
         while let Some(raced) = racers.join_next().await {
@@ -152,7 +154,8 @@ async fn events_are_cloudevents_and_others_read_them_from_the_mirror() -> Result
 async fn a_full_journal_says_so() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = connect(&server.url()).await?;
-    let layout = kiln_bus::layout::Layout { journal_max_bytes: 4096, logs_max_bytes: 1 << 20, ..Default::default() };
+    let layout =
+        kiln_bus::layout::Layout { journal_max_bytes: 4096, logs_max_bytes: 1 << 20, ..Default::default() };
     bus.provision(&layout).await?;
     let journal = Journal::open(&bus).await?;
     for n in 0..100u8 {

@@ -13,7 +13,8 @@ pub(crate) async fn connect(url: &str) -> Result<Bus> {
 /// A connection, and the streams and buckets made.
 pub(crate) async fn provisioned(url: &str, replicas: usize) -> Result<Bus> {
     let bus = connect(url).await?;
-    let layout = Layout { replicas, journal_max_bytes: 256 << 20, logs_max_bytes: 256 << 20, ..Layout::default() };
+    let layout =
+        Layout { replicas, journal_max_bytes: 256 << 20, logs_max_bytes: 256 << 20, ..Layout::default() };
     bus.provision(&layout).await?;
     Ok(bus)
 }

@@ -34,7 +34,8 @@ async fn it_holds_what_was_there_and_what_comes() -> Result<()> {
     ensure!(view.reached(over.sequence, SOON).await);
     ensure!(view.get(&over.record.id).as_deref() == Some(&over), "it is what the append answered");
     ensure!(view.active().iter().all(|entry| entry.record.id != over.record.id));
-    let newest: Vec<_> = view.newest(None, |_| true, 3).into_iter().map(|(_, entry)| entry.record.id.clone()).collect();
+    let newest: Vec<_> =
+        view.newest(None, |_| true, 3).into_iter().map(|(_, entry)| entry.record.id.clone()).collect();
     let expected: Vec<_> = queued.iter().rev().take(3).map(|entry| entry.record.id.clone()).collect();
     ensure!(newest == expected, "a change moves no build in the list");
     Ok(())

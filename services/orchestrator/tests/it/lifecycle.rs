@@ -45,8 +45,12 @@ async fn a_lost_builder_is_revoked_and_another_started() -> Result<()> {
     let build = stage.begin("x", |_| {}).await?;
     stage.until(&build.id, |entry| entry.record.state == State::Running).await?;
     stage.engine.end(&build.run(), Ended::default());
-    let retried = stage.until(&build.id, |entry| entry.record.attempt == 2 && entry.record.handle.is_some()).await?;
-    ensure!(retried.record.started_at < retried.record.attempt_started_at, "the deadline counts from the new start");
+    let retried =
+        stage.until(&build.id, |entry| entry.record.attempt == 2 && entry.record.handle.is_some()).await?;
+    ensure!(
+        retried.record.started_at < retried.record.attempt_started_at,
+        "the deadline counts from the new start"
+    );
     let spec = kiln_domain::run::RunSpec {
         run: build.run(),
         work: kiln_domain::run::Work::Copy { from: "r/x:1".parse()?, platform: Default::default() },
@@ -58,7 +62,10 @@ async fn a_lost_builder_is_revoked_and_another_started() -> Result<()> {
         traceparent: String::new(),
     };
     let late = stage.engine.start(&spec, &Default::default()).await;
-    ensure!(matches!(late, Err(kiln_domain::engine::EngineError::Revoked)), "a late start of attempt 1: {late:?}");
+    ensure!(
+        matches!(late, Err(kiln_domain::engine::EngineError::Revoked)),
+        "a late start of attempt 1: {late:?}"
+    );
     stage.succeed(&retried.record, &Digest::of(b"image"));
     let over = stage.until(&build.id, |entry| entry.record.state.is_terminal()).await?;
     ensure!((over.record.state, over.record.attempt) == (State::Succeeded, 2));
@@ -116,7 +123,10 @@ async fn a_cancel_that_comes_after_the_push_is_a_success() -> Result<()> {
     let stopped = Failure::new(FailureReason::Internal, "it was asked to stop");
     stage.engine.end(&build.run(), ended(RunResult::Failed(stopped), Some(digest.clone())));
     let over = stage.until(&build.id, |entry| entry.record.state.is_terminal()).await?;
-    ensure!((over.record.state, over.record.digest) == (State::Succeeded, Some(digest)), "image and state agree");
+    ensure!(
+        (over.record.state, over.record.digest) == (State::Succeeded, Some(digest)),
+        "image and state agree"
+    );
     Ok(())
 }
 
@@ -201,7 +211,10 @@ async fn a_build_given_up_was_started_by_an_earlier_holder_all_the_same() -> Res
         tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     }
     let running = stage.journal.last_of_build(&record.id).await?;
-    ensure!(running.is_some_and(|entry| !entry.record.state.is_terminal()), "nothing is said while it may push");
+    ensure!(
+        running.is_some_and(|entry| !entry.record.state.is_terminal()),
+        "nothing is said while it may push"
+    );
     let digest = Digest::of(b"image");
     stage.succeed(&record, &digest);
     let over = stage.until(&record.id, |entry| entry.record.state.is_terminal()).await?.record;

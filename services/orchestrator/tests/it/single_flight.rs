@@ -16,8 +16,10 @@ async fn ten_at_once_at_two_orchestrators_are_one_build() -> Result<()> {
     let _second = stage.orchestrator(config()).await?;
     let asked = (0..10).map(|n| stage.ask("x", move |question| question.owner = format!("owner-{n}")));
     let answers = futures::future::try_join_all(asked).await?;
-    let ids: HashSet<_> =
-        answers.iter().map(|answer| Ok(answer.build.as_ref().context("a build")?.record()?.id)).collect::<Result<_>>()?;
+    let ids: HashSet<_> = answers
+        .iter()
+        .map(|answer| Ok(answer.build.as_ref().context("a build")?.record()?.id))
+        .collect::<Result<_>>()?;
     ensure!(ids.len() == 1, "{ids:?}");
     ensure!(answers.iter().filter(|answer| !answer.joined).count() == 1);
     let id = ids.into_iter().next().context("an id")?;
@@ -45,7 +47,10 @@ async fn an_image_that_is_there_is_said_to_be_unless_forced() -> Result<()> {
     let forced = stage.begin("x", |question| question.force = true).await?;
     ensure!(forced.id != built.id && forced.digest_before == Some(digest));
     ensure!(stage.ask("x", |question| question.force = true).await?.joined, "a forced one joins too");
-    ensure!(stage.ask("x", |_| {}).await?.already_built.is_some(), "an unforced one has its image, whatever is built");
+    ensure!(
+        stage.ask("x", |_| {}).await?.already_built.is_some(),
+        "an unforced one has its image, whatever is built"
+    );
     Ok(())
 }
 
@@ -81,14 +86,18 @@ async fn a_full_queue_refuses_with_its_length() -> Result<()> {
         }
     }
     let refused = refused.context("nothing was refused")?;
-    ensure!(refused.code == Code::ResourceExhausted && refused.message.contains("builds wait"), "{refused:?}");
+    ensure!(
+        refused.code == Code::ResourceExhausted && refused.message.contains("builds wait"),
+        "{refused:?}"
+    );
     Ok(())
 }
 
 #[tokio::test]
 async fn a_timeout_above_the_limit_is_refused_by_name() -> Result<()> {
     let stage = Stage::set().await?;
-    let config = kiln_orchestrator::Config { max_timeout_seconds: 60, default_timeout_seconds: 60, ..config() };
+    let config =
+        kiln_orchestrator::Config { max_timeout_seconds: 60, default_timeout_seconds: 60, ..config() };
     let _orchestrator = stage.orchestrator(config).await?;
     let refused = stage.ask("x", |question| question.timeout_ms = 60_001).await.unwrap_err();
     ensure!(refused.code == Code::InvalidArgument && refused.message.starts_with("timeout: "), "{refused:?}");

@@ -12,7 +12,9 @@ use kiln_bus::serve::Server;
 use kiln_bus::{Bus, Connect};
 use kiln_contract::error::Refusal;
 use kiln_contract::orchestrator::{Build, BuildAnswer, Cancel, RecordAt, source_to_json};
-use kiln_contract::resolver::{FindImage, FoundImage, ResolveCommit, ResolveImage, ResolvedCommit, ResolvedImage};
+use kiln_contract::resolver::{
+    FindImage, FoundImage, ResolveCommit, ResolveImage, ResolvedCommit, ResolvedImage,
+};
 use kiln_domain::id::BuildId;
 use kiln_domain::record::Record;
 use kiln_domain::reference::{Digest, ImageReference};
@@ -103,7 +105,11 @@ impl Stage {
         Ok(stop)
     }
 
-    pub(crate) async fn ask(&self, image: &str, change: impl FnOnce(&mut Build)) -> Result<BuildAnswer, Refusal> {
+    pub(crate) async fn ask(
+        &self,
+        image: &str,
+        change: impl FnOnce(&mut Build),
+    ) -> Result<BuildAnswer, Refusal> {
         let source = Source::Image(format!("registry.test/{image}:1").parse().unwrap());
         let mut question = Build {
             request_id: format!("{:x}", rand::random::<u64>()),

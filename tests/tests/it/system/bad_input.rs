@@ -14,7 +14,8 @@ async fn requests_that_are_wrong_are_refused_by_name() -> Result<()> {
     let good = || dockerfile(&repository.uri, |_| {});
     let remote = |uri: &str| dockerfile(uri, |_| {});
     let path = |path: &str| dockerfile(&repository.uri, |dockerfile| dockerfile.path = path.into());
-    let context = |path: &str| dockerfile(&repository.uri, |dockerfile| dockerfile.context_path = path.into());
+    let context =
+        |path: &str| dockerfile(&repository.uri, |dockerfile| dockerfile.context_path = path.into());
     let revision = |revision: &str| {
         dockerfile(&repository.uri, |dockerfile| {
             if let Some(git) = dockerfile.git.as_mut() {
@@ -32,7 +33,11 @@ async fn requests_that_are_wrong_are_refused_by_name() -> Result<()> {
         (image(&format!("{registry}/no/such:1")), Code::NotFound, "no/such"),
         (remote("--upload-pack=touch /tmp/x"), Code::InvalidArgument, "source.dockerfile.git.remote_uri"),
         (remote("ext::sh -c true"), Code::InvalidArgument, "source.dockerfile.git.remote_uri"),
-        (remote("https://user:password@127.0.0.1/x"), Code::InvalidArgument, "source.dockerfile.git.remote_uri"),
+        (
+            remote("https://user:password@127.0.0.1/x"),
+            Code::InvalidArgument,
+            "source.dockerfile.git.remote_uri",
+        ),
         (remote(&gone), Code::NotFound, "source.dockerfile.git.remote_uri"),
         (revision("no-such-branch"), Code::NotFound, "source.dockerfile.git.revision"),
         (revision("--upload-pack=x"), Code::InvalidArgument, "source.dockerfile.git.revision"),
@@ -94,8 +99,12 @@ async fn ids_and_tokens_that_are_made_up() -> Result<()> {
         let id = id.to_owned();
         let status = client.build_status(api::BuildStatusRequest { id: id.clone() }).await.err();
         let watch = client.watch_build(api::WatchBuildRequest { id: id.clone() }).await.err();
-        let cancel = client.cancel_build(api::CancelBuildRequest { id: id.clone(), ..Default::default() }).await.err();
-        let logs = client.build_logs(api::BuildLogsRequest { id: id.clone(), follow: true, start: None }).await.err();
+        let cancel =
+            client.cancel_build(api::CancelBuildRequest { id: id.clone(), ..Default::default() }).await.err();
+        let logs = client
+            .build_logs(api::BuildLogsRequest { id: id.clone(), follow: true, start: None })
+            .await
+            .err();
         for (call, error) in [("status", status), ("watch", watch), ("cancel", cancel), ("logs", logs)] {
             ensure!(error.as_ref().map(tonic::Status::code) == Some(code), "{call} {id:.20}: {error:?}");
         }
@@ -113,8 +122,11 @@ async fn what_the_repository_lacks_is_the_users_failure() -> Result<()> {
     std::os::unix::fs::symlink("/etc/passwd", repository.path.join("out"))?;
     repository.commit_all()?;
     let path = |path: &str| dockerfile(&repository.uri, |dockerfile| dockerfile.path = path.into());
-    let context = |path: &str| dockerfile(&repository.uri, |dockerfile| dockerfile.context_path = path.into());
-    for (request, names) in [(path("no/Dockerfile"), "no/Dockerfile"), (context("nowhere"), "nowhere"), (path("out"), "out")] {
+    let context =
+        |path: &str| dockerfile(&repository.uri, |dockerfile| dockerfile.context_path = path.into());
+    for (request, names) in
+        [(path("no/Dockerfile"), "no/Dockerfile"), (context("nowhere"), "nowhere"), (path("out"), "out")]
+    {
         let build = super::begun(stage.ask(request).await?)?;
         let over = stage.kiln.until(&build.id, is_over).await?;
         ensure!(over.reason() == api::FailureReason::Context && over.message.contains(names), "{over:?}");

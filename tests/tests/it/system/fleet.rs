@@ -15,8 +15,16 @@ use tonic::transport::Channel;
 
 use super::{DOCKERFILE, begun, dockerfile, is_over};
 
-const ROLES: [&str; 8] =
-    ["gateway", "gateway", "resolver", "orchestrator", "orchestrator", "log-relay", "log-relay", "cache-warmer"];
+const ROLES: [&str; 8] = [
+    "gateway",
+    "gateway",
+    "resolver",
+    "orchestrator",
+    "orchestrator",
+    "log-relay",
+    "log-relay",
+    "cache-warmer",
+];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_calls_at_two_gateways_and_two_orchestrators_are_one_build() -> Result<()> {
@@ -27,7 +35,8 @@ async fn ten_calls_at_two_gateways_and_two_orchestrators_are_one_build() -> Resu
     let clients = fleet.clients().await?;
     let asked = (0..10).map(|n| {
         let mut client = clients[n % 2].clone();
-        let request = api::BuildImageRequest { owner: format!("owner-{n}"), ..dockerfile(&repository.uri, |_| {}) };
+        let request =
+            api::BuildImageRequest { owner: format!("owner-{n}"), ..dockerfile(&repository.uri, |_| {}) };
         async move { client.build_image(request).await }
     });
     let answers = futures::future::try_join_all(asked).await.with_context(|| fleet.log())?;
@@ -41,11 +50,13 @@ async fn ten_calls_at_two_gateways_and_two_orchestrators_are_one_build() -> Resu
     let over = end(clients[1].clone(), &ids[0]).await?;
     ensure!(over.state() == api::BuildState::Succeeded && over.attempt == 1, "{over:?}\n{}", fleet.log());
     // One terminal event, and it is the last.
-    let bus = Connect { url: fleet.nats.url(), user: None, password: None, name: "test".into() }.connect().await?;
+    let bus =
+        Connect { url: fleet.nats.url(), user: None, password: None, name: "test".into() }.connect().await?;
     let last = Journal::open(&bus).await?.last_of_build(&ids[0].parse()?).await?.context("a record")?;
     ensure!(last.event == "succeeded" && last.record.owners().count() == 10, "{last:?}");
-    let mut events =
-        std::pin::pin!(kiln_bus::events::subscribe(&fleet.nats.url(), kiln_bus::events::From::Beginning).await?);
+    let mut events = std::pin::pin!(
+        kiln_bus::events::subscribe(&fleet.nats.url(), kiln_bus::events::From::Beginning).await?
+    );
     let mut ends = 0;
     while let Some(event) = events.next().await {
         let event = event?;

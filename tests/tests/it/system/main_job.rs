@@ -24,8 +24,13 @@ async fn a_repository_becomes_an_image_and_its_log_is_read_twice() -> Result<()>
     let over = stage.kiln.until(&build.id, is_over).await?;
     ensure!(over.state() == api::BuildState::Succeeded, "{over:?}\n{text}");
     ensure!(over.engine == "local" && over.build_tool == "buildah" && over.attempt == 1);
-    ensure!(over.steps.len() == 3 && over.steps.iter().all(|step| step.duration.is_some()), "{:?}", over.steps);
-    let times = [&over.queued_at, &over.started_at, &over.finished_at].map(|at| at.as_ref().map(|t| (t.seconds, t.nanos)));
+    ensure!(
+        over.steps.len() == 3 && over.steps.iter().all(|step| step.duration.is_some()),
+        "{:?}",
+        over.steps
+    );
+    let times = [&over.queued_at, &over.started_at, &over.finished_at]
+        .map(|at| at.as_ref().map(|t| (t.seconds, t.nanos)));
     ensure!(times.iter().all(Option::is_some) && times.is_sorted(), "{times:?}");
 
     // What lies at the ref is what the record says.
@@ -47,7 +52,10 @@ async fn a_repository_becomes_an_image_and_its_log_is_read_twice() -> Result<()>
     let beyond = Some(api::build_logs_request::Start::Offset(u64::try_from(followed.len())? + 1));
     let request = api::BuildLogsRequest { id: build.id.clone(), follow: false, start: beyond };
     let error = read(client.build_logs(request).await?.into_inner()).await.unwrap_err();
-    ensure!(error.downcast_ref::<tonic::Status>().map(tonic::Status::code) == Some(tonic::Code::OutOfRange), "{error:?}");
+    ensure!(
+        error.downcast_ref::<tonic::Status>().map(tonic::Status::code) == Some(tonic::Code::OutOfRange),
+        "{error:?}"
+    );
 
     // Asked for again, it is there already.
     let again = stage.ask(dockerfile(&repository.uri, |_| {})).await?;
@@ -74,7 +82,8 @@ async fn a_repository_becomes_an_image_and_its_log_is_read_twice() -> Result<()>
     let request = dockerfile(&repository.uri, |dockerfile| {
         dockerfile.path = "docker/Dockerfile".into();
         dockerfile.target = "first".into();
-        dockerfile.build_args = [("BASE".to_owned(), over.r#ref.clone()), ("WORD".to_owned(), "kiln".to_owned())].into();
+        dockerfile.build_args =
+            [("BASE".to_owned(), over.r#ref.clone()), ("WORD".to_owned(), "kiln".to_owned())].into();
     });
     let build = begun(stage.ask(request).await?)?;
     let log = stage.kiln.whole_log(&build.id).await?;
@@ -117,7 +126,10 @@ async fn a_failing_step_says_its_exit_code_and_whose_it_is() -> Result<()> {
         let log = stage.kiln.whole_log(&build.id).await?;
         let log = String::from_utf8_lossy(&log);
         ensure!(over.state() == api::BuildState::Failed, "{over:?}\n{log}");
-        ensure!(over.reason() == api::FailureReason::Dockerfile && over.message.contains(word), "{over:?}\n{log}");
+        ensure!(
+            over.reason() == api::FailureReason::Dockerfile && over.message.contains(word),
+            "{over:?}\n{log}"
+        );
         ensure!(over.attempt == 1 && lying(&over.r#ref).await?.is_none());
     }
     Ok(())
@@ -153,10 +165,12 @@ async fn ten_callers_at_once_share_one_build() -> Result<()> {
     ensure!(answers.iter().filter(|answer| !answer.joined).count() == 1);
     let builds: Vec<_> = answers.into_iter().map(begun).collect::<Result<_>>()?;
     ensure!(builds.iter().all(|build| build.id == builds[0].id));
-    let logs = futures::future::try_join_all(builds.iter().map(|build| stage.kiln.whole_log(&build.id))).await?;
+    let logs =
+        futures::future::try_join_all(builds.iter().map(|build| stage.kiln.whole_log(&build.id))).await?;
     ensure!(logs.iter().all(|log| *log == logs[0] && !log.is_empty()));
     // One terminal event, and no other build.
-    let events = kiln_bus::events::subscribe(&stage.kiln.endpoint("nats")?, kiln_bus::events::From::Beginning).await?;
+    let events =
+        kiln_bus::events::subscribe(&stage.kiln.endpoint("nats")?, kiln_bus::events::From::Beginning).await?;
     let mut events = std::pin::pin!(events);
     let mut kinds = Vec::new();
     while let Some(event) = events.next().await {

@@ -25,16 +25,18 @@ pub(crate) struct Stage {
 
 impl Stage {
     pub(crate) async fn set() -> Result<Self> {
-        let (kiln, workshop) = tokio::try_join!(
-            async { Installation::start(&program()?, &[]).await },
-            Workshop::new(),
-        )?;
+        let (kiln, workshop) =
+            tokio::try_join!(async { Installation::start(&program()?, &[]).await }, Workshop::new(),)?;
         Ok(Self { kiln, workshop })
     }
 
     /// Asks for a build.
-    pub(crate) async fn ask(&self, request: api::BuildImageRequest) -> Result<api::BuildImageResponse, tonic::Status> {
-        let mut client = self.kiln.client().await.map_err(|error| tonic::Status::unknown(error.to_string()))?;
+    pub(crate) async fn ask(
+        &self,
+        request: api::BuildImageRequest,
+    ) -> Result<api::BuildImageResponse, tonic::Status> {
+        let mut client =
+            self.kiln.client().await.map_err(|error| tonic::Status::unknown(error.to_string()))?;
         Ok(client.build_image(request).await?.into_inner())
     }
 

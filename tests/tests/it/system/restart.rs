@@ -8,7 +8,8 @@ use super::{DOCKERFILE, Stage, is_over};
 /// A step that says two lines, some seconds apart: time enough for a restart between them.
 fn slow(seconds: u32) -> String {
     let step = format!("echo before; busybox sleep {seconds}; echo after");
-    format!("{DOCKERFILE}RUN [\"/bin/busybox\", \"sh\", \"-c\", \"{step}\"]\n").replace("busybox sleep", "/bin/busybox sleep")
+    format!("{DOCKERFILE}RUN [\"/bin/busybox\", \"sh\", \"-c\", \"{step}\"]\n")
+        .replace("busybox sleep", "/bin/busybox sleep")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -42,7 +43,9 @@ async fn a_build_outlives_kiln_up_killed_and_started_again() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_build_that_pushes_outlives_kiln_up_killed_and_started_again() -> Result<()> {
     let mut stage = Stage::set().await?;
-    let large = format!("{DOCKERFILE}RUN [\"/bin/busybox\", \"dd\", \"if=/dev/urandom\", \"of=/large\", \"bs=1M\", \"count=64\"]\n");
+    let large = format!(
+        "{DOCKERFILE}RUN [\"/bin/busybox\", \"dd\", \"if=/dev/urandom\", \"of=/large\", \"bs=1M\", \"count=64\"]\n"
+    );
     let repository = stage.workshop.repository(&[("Dockerfile", &large)], &["."])?;
     let build = stage.begin(&repository.uri).await?;
     let request = api::BuildLogsRequest { id: build.id.clone(), follow: true, start: None };
