@@ -76,6 +76,11 @@ const SUBJECT_EXCEPTIONS: &[(&str, &[&str], &str)] = &[
     ("crates/bus/", &["$JS.", "$KV.", "$SRV."], "JetStream's own API, of which async-nats has no call"),
     ("crates/testkit/", &["$JS.", "$KV.", "$SRV."], "permissions of the test servers"),
     ("services/kiln/src/up/nats.rs", &["$JS."], "what the user `subscriber` of `kiln up` may ask"),
+    (
+        "services/kiln/tests/it/subscriber.rs",
+        &["kiln.", "$JS.", "$KV."],
+        "what that user is seen to be allowed and refused, in the server's own words",
+    ),
     ("tests/tests/it/house_rules.rs", &["kiln.", "$JS.", "$KV.", "$SRV."], "this list"),
 ];
 

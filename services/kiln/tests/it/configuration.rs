@@ -51,6 +51,7 @@ fn every_problem_of_a_file_is_named_by_its_key() {
         [
             "nats.url",
             "seal.seed_file",
+            "seal.seed",
             "engine.local.folder",
             "resolver.git_at_once",
             "orchestrator.base_image_repository",
