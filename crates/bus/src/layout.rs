@@ -30,7 +30,7 @@ impl Default for Layout {
 }
 
 /// How long streams are tried to be made.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 const DAY: u64 = 24 * 60 * 60;
 
@@ -39,14 +39,15 @@ pub(crate) const LEASE: Duration = Duration::from_secs(30);
 
 impl Bus {
     /// Creates what is missing and updates what differs. An error names the stream or bucket, and why it can't be changed.
-    /// A cluster that is young has no place for streams yet: it is asked again for some seconds.
+    /// Where another process makes them at the same moment, and in a
+    /// cluster that is too young to have a place for them, it is refused for a while: it is tried for some seconds.
     pub async fn provision(&self, layout: &Layout) -> Result<(), BusError> {
         let give_up = tokio::time::Instant::now() + PATIENCE;
         loop {
             match self.try_provision(layout).await {
-                Err(error) if layout.replicas > 1 && tokio::time::Instant::now() < give_up => {
+                Err(error) if tokio::time::Instant::now() < give_up => {
                     tracing::warn!("trying again: {error}");
-                    tokio::time::sleep(Duration::from_millis(500)).await;
+                    tokio::time::sleep(Duration::from_millis(200)).await;
                 }
                 decided => return decided,
             }

@@ -71,3 +71,12 @@ async fn a_cut_loses_nothing() -> Result<()> {
     ensure!(view.active().len() == 20);
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_processes_make_the_streams_at_once() -> Result<()> {
+    let server = nats::run_server().await?;
+    let url = server.url();
+    let made = (0..12).map(|_| provisioned(&url, 1));
+    ensure!(futures::future::try_join_all(made).await?.len() == 12);
+    Ok(())
+}

@@ -149,11 +149,11 @@ async fn answers_are_refreshed_before_they_are_too_old_by_any_number_of_warmers(
     let text = text_of(&metrics);
     for line in [
         "cache_warmer_age_seconds{reference=\"r.io/a:1\"} ",
-        "cache_warmer_failed_total{reference=\"r.io/missing:1\"} ",
+        "refs_failed_total{reference=\"r.io/missing:1\"} ",
     ] {
         assert!(text.contains(line), "{text}");
     }
-    assert!(!text.contains("cache_warmer_failed_total{reference=\"r.io/a:1\"}"), "{text}");
+    assert!(!text.contains("refs_failed_total{reference=\"r.io/a:1\"}"), "{text}");
 }
 
 #[tokio::test]
@@ -162,7 +162,7 @@ async fn a_resolver_that_comes_later_is_asked_then() {
     let mut warmers = Warmers::default();
     let metrics = warmers.start(&bus, config(&["r.io/a:1"])).await;
     let failed = async {
-        while !text_of(&metrics).contains("cache_warmer_failed_total{reference=\"r.io/a:1\"}") {
+        while !text_of(&metrics).contains("refs_failed_total{reference=\"r.io/a:1\"}") {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
