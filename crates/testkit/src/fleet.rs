@@ -61,14 +61,7 @@ impl Fleet {
 
     /// Starts one more process; it is not waited for.
     pub async fn add(&mut self, role: &'static str) -> Result<()> {
-        // Held together so that they differ; another process may be quicker to take one, which fails the test loudly.
-        let held = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0"));
-        let mut addresses = Vec::new();
-        for socket in &held {
-            addresses.push(socket.as_ref().map_err(|error| anyhow::anyhow!("{error}"))?.local_addr()?);
-        }
-        drop(held);
-        let [health, metrics, grpc] = addresses.try_into().map_err(|_| anyhow::anyhow!("three ports"))?;
+        let [health, metrics, grpc] = free_addresses()?;
         let stderr =
             std::fs::File::options().create(true).append(true).open(self.folder.path().join("stderr.log"))?;
         let child = Command::new(&self.program)
@@ -118,6 +111,21 @@ impl Fleet {
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.folder.path().join("stderr.log")).unwrap_or_default()
     }
+}
+
+/// Addresses on loopback that nobody listens on, for a process that must be told its ports. They lie below the ports that
+/// the kernel gives to outgoing connections, one of which would else be there first now and then.
+pub fn free_addresses<const N: usize>() -> Result<[SocketAddr; N]> {
+    let mut held = Vec::new();
+    for _ in 0..10_000 {
+        if held.len() == N {
+            break;
+        }
+        let port = rand::random_range(12_000..20_000);
+        held.extend(TcpListener::bind(("127.0.0.1", port)));
+    }
+    let addresses: Vec<SocketAddr> = held.iter().map(TcpListener::local_addr).collect::<Result<_, _>>()?;
+    addresses.try_into().map_err(|_| anyhow::anyhow!("no free ports"))
 }
 
 impl Process {
