@@ -8,8 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// A parsed reference in Docker's normal form: `ubuntu` is `docker.io/library/ubuntu:latest`.
 ///
-/// Grammar and normal form are those of <https://github.com/distribution/reference>. (Read by hand, as its regular
-/// expression takes 40 ms to compile in each new process, a builder's among them; a test compares the two.)
+/// Grammar and normal form are those of <https://github.com/distribution/reference>.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 #[schemars(with = "String")]
@@ -81,6 +80,8 @@ impl FromStr for ImageReference {
     }
 }
 
+// By hand, as the specification's regular expression takes 40 ms to compile in each new process, every builder among them;
+// a test compares the two.
 fn parse(text: &str) -> Result<ImageReference, &'static str> {
     const FORMAT: &str = "invalid reference format";
     if text.is_empty() {
