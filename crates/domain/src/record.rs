@@ -139,6 +139,51 @@ pub struct Record {
 }
 
 impl Record {
+    /// A build that was accepted and no more. What its request says besides is for the caller to fill in; its limits are zero.
+    pub fn accepted(
+        id: BuildId,
+        target_ref: String,
+        base_ref: String,
+        source: Source,
+        owner: String,
+    ) -> Self {
+        Self {
+            id,
+            target_ref,
+            base_ref,
+            source,
+            commit: None,
+            base_exists: false,
+            digest_before: None,
+            state: State::Queued,
+            reason: None,
+            message: String::new(),
+            owner,
+            joined_by: Vec::new(),
+            requests: Vec::new(),
+            labels: BTreeMap::new(),
+            no_cache: false,
+            timeout_ms: 0,
+            queue_limit_ms: 0,
+            attempt: 1,
+            claims: 0,
+            claimed_by: None,
+            handle: None,
+            engine: String::new(),
+            build_tool: String::new(),
+            cancel: None,
+            queued_at: None,
+            started_at: None,
+            attempt_started_at: None,
+            finished_at: None,
+            digest: None,
+            steps: Vec::new(),
+            bases: Vec::new(),
+            traceparent: String::new(),
+            unknown: BTreeMap::new(),
+        }
+    }
+
     pub fn image_key(&self) -> ImageKey {
         self.id.image_key()
     }

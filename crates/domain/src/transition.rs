@@ -256,40 +256,13 @@ mod tests {
     use crate::source::Source;
 
     fn queued() -> Record {
+        let id = BuildId::new(&ImageKey::of("r/t:x"), [1; 10]);
+        let source = Source::Image("r/s:1".parse().unwrap());
         Record {
-            id: BuildId::new(&ImageKey::of("r/t:x"), [1; 10]),
-            target_ref: "r/t:x".into(),
-            base_ref: "r/b:x".into(),
-            source: Source::Image("r/s:1".parse().unwrap()),
-            commit: None,
             base_exists: true,
-            digest_before: None,
-            state: State::Queued,
-            reason: None,
-            message: String::new(),
-            owner: "ann".into(),
-            joined_by: vec![],
-            requests: vec![],
-            labels: Default::default(),
-            no_cache: false,
             timeout_ms: 1000,
             queue_limit_ms: 1000,
-            attempt: 1,
-            claims: 0,
-            claimed_by: None,
-            handle: None,
-            engine: String::new(),
-            build_tool: String::new(),
-            cancel: None,
-            queued_at: None,
-            started_at: None,
-            attempt_started_at: None,
-            finished_at: None,
-            digest: None,
-            steps: vec![],
-            bases: vec![],
-            traceparent: String::new(),
-            unknown: Default::default(),
+            ..Record::accepted(id, "r/t:x".into(), "r/b:x".into(), source, "ann".into())
         }
     }
 

@@ -11,7 +11,7 @@ use kiln_contract::error::{Code, Refusal};
 use kiln_contract::secrets::Secrets;
 use kiln_domain::id::{BuildId, ImageKey, InstanceId};
 use kiln_domain::limits;
-use kiln_domain::record::{Record, State};
+use kiln_domain::record::Record;
 use kiln_domain::reference::Digest;
 use kiln_domain::source::Source;
 use kiln_domain::transition::Change;
@@ -143,39 +143,22 @@ impl Shared {
             Source::Dockerfile(_) => self.resolver.find(&image.base_ref).await?.is_some(),
         };
         Ok(Record {
-            id: BuildId::new(key, rand::random()),
-            target_ref: image.target_ref.to_string(),
-            base_ref: image.base_ref.to_string(),
-            source: request.source.clone(),
             commit: image.commit.clone(),
             base_exists,
             digest_before,
-            state: State::Queued,
-            reason: None,
-            message: String::new(),
-            owner: request.owner.clone(),
-            joined_by: Vec::new(),
             requests: vec![request.id.clone()],
             labels: request.labels.clone(),
             no_cache: request.no_cache,
             timeout_ms,
             queue_limit_ms: self.config.queue_limit_seconds.saturating_mul(1000),
-            attempt: 1,
-            claims: 0,
-            claimed_by: None,
-            handle: None,
-            engine: String::new(),
-            build_tool: String::new(),
-            cancel: None,
-            queued_at: None,
-            started_at: None,
-            attempt_started_at: None,
-            finished_at: None,
-            digest: None,
-            steps: Vec::new(),
-            bases: Vec::new(),
             traceparent: kiln_bus::trace::current_traceparent(),
-            unknown: BTreeMap::new(),
+            ..Record::accepted(
+                BuildId::new(key, rand::random()),
+                image.target_ref.to_string(),
+                image.base_ref.to_string(),
+                request.source.clone(),
+                request.owner.clone(),
+            )
         })
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kiln_domain::engine::Handle;
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::id::{BuildId, ImageKey, InstanceId};
-use kiln_domain::record::{Record, State};
+use kiln_domain::record::Record;
 use kiln_domain::reference::Digest;
 use kiln_domain::run::Findings;
 use kiln_domain::source::Source;
@@ -114,40 +114,14 @@ impl Append {
 }
 
 fn queued() -> Record {
+    let id = BuildId::new(&ImageKey::of("r/t:x"), [1; 10]);
+    let source = Source::Image("r/s:1".parse().expect("a reference"));
     let queued = Record {
-        id: BuildId::new(&ImageKey::of("r/t:x"), [1; 10]),
-        target_ref: "r/t:x".into(),
-        base_ref: "r/b:x".into(),
-        source: Source::Image("r/s:1".parse().expect("a reference")),
-        commit: None,
         base_exists: true,
         digest_before: Some(digest(BEFORE)),
-        state: State::Queued,
-        reason: None,
-        message: String::new(),
-        owner: "ann".into(),
-        joined_by: vec![],
-        requests: vec![],
-        labels: Default::default(),
-        no_cache: false,
         timeout_ms: 1,
         queue_limit_ms: 1,
-        attempt: 1,
-        claims: 0,
-        claimed_by: None,
-        handle: None,
-        engine: String::new(),
-        build_tool: String::new(),
-        cancel: None,
-        queued_at: None,
-        started_at: None,
-        attempt_started_at: None,
-        finished_at: None,
-        digest: None,
-        steps: vec![],
-        bases: vec![],
-        traceparent: String::new(),
-        unknown: Default::default(),
+        ..Record::accepted(id, "r/t:x".into(), "r/b:x".into(), source, "ann".into())
     };
     apply(None, &Change::Queued(Box::new(queued))).expect("a new build")
 }
