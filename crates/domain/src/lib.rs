@@ -5,11 +5,13 @@
 
 pub mod engine;
 pub mod failure;
+pub mod finding;
 pub mod hash;
 pub mod id;
 pub mod limits;
 pub mod mask;
 pub mod platform;
+pub mod queue;
 pub mod rank;
 pub mod record;
 pub mod reference;

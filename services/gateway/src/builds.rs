@@ -26,6 +26,7 @@ use tonic::{Request, Response, Status};
 
 use crate::config::Config;
 use crate::list::Query;
+use crate::queue::Queue;
 use crate::rpc::Metrics;
 use crate::steps::Steps;
 use crate::{convert, request, status};
@@ -42,6 +43,7 @@ pub(crate) struct BuildsApi {
     pub(crate) view: View,
     pub(crate) logs: Logs,
     pub(crate) steps: Steps,
+    pub(crate) queue: Queue,
     pub(crate) journal: Journal,
     pub(crate) seal_key: SealKey,
     pub(crate) metrics: Metrics,
@@ -113,10 +115,9 @@ impl Builds for BuildsApi {
                     Some((place, _)) if more => query.token(*place),
                     _ => String::new(),
                 };
-                let queue = queue(&self.view);
                 let builds = found
                     .iter()
-                    .map(|(_, entry)| convert::build(entry, ahead(&queue, entry), None))
+                    .map(|(_, entry)| convert::build(entry, self.queue.ahead(entry), None))
                     .collect();
                 Ok(api::ListBuildsResponse { builds, next_page_token })
             })
@@ -303,22 +304,8 @@ impl BuildsApi {
             State::Running => self.steps.of(&entry.record.id).await,
             _ => None,
         };
-        convert::build(entry, ahead(&queue(&self.view), entry), progress.as_ref())
+        convert::build(entry, self.queue.ahead(entry), progress.as_ref())
     }
-}
-
-/// The builds that wait for their first start, the longest waiting first.
-pub(crate) fn queue(view: &View) -> Vec<BuildId> {
-    let active = view.active();
-    active.iter().filter(|e| e.record.state == State::Queued).map(|e| e.record.id.clone()).collect()
-}
-
-/// How many builds of the queue are ahead of a build.
-pub(crate) fn ahead(queue: &[BuildId], entry: &Entry) -> usize {
-    if entry.record.state != State::Queued {
-        return 0;
-    }
-    queue.iter().position(|id| *id == entry.record.id).unwrap_or(0)
 }
 
 /// Waits until the view sees the end of a build that wasn't over a moment ago.

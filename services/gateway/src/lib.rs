@@ -9,6 +9,7 @@ mod builds;
 mod config;
 mod convert;
 mod list;
+mod queue;
 mod request;
 mod rpc;
 mod status;
@@ -32,6 +33,7 @@ use tonic::transport::server::TcpIncoming;
 
 use crate::builds::BuildsApi;
 pub use crate::config::Config;
+use crate::queue::Queue;
 use crate::rpc::Metrics;
 use crate::steps::Steps;
 
@@ -77,6 +79,7 @@ pub async fn run(
     let api = BuildsApi {
         config,
         steps: Steps::start(&logs, &view, &tasks, &ended),
+        queue: Queue::start(&view, &tasks, &ended),
         journal: Journal::open(&bus).await.context("open the journal")?,
         logs,
         bus: bus.clone(),

@@ -1,24 +1,31 @@
 //! Watching a build: its record now, then after every change, to the end.
 
+use std::collections::HashMap;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use futures::{Stream, StreamExt as _};
 use kiln_bus::journal::Entry;
 use kiln_contract::event::Progress;
 use kiln_domain::id::BuildId;
 use kiln_proto::kiln_v1 as api;
-use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{broadcast, watch};
 use tonic::Status;
 
-use crate::builds::{BuildsApi, ahead, queue, until_stopped};
+use crate::builds::{BuildsApi, until_stopped};
 use crate::convert;
+use crate::queue::{Queue, waits};
 
 /// Where a watcher is.
 struct Watch {
     view: kiln_bus::view::View,
-    changes: broadcast::Receiver<std::sync::Arc<Entry>>,
+    changes: broadcast::Receiver<Arc<Entry>>,
     told: broadcast::Receiver<(BuildId, Progress)>,
+    queue: Queue,
+    places: watch::Receiver<Arc<HashMap<BuildId, usize>>>,
+    /// The place in the queue that was sent last.
+    ahead: usize,
     /// The last event that was sent.
     sent: Entry,
     step: Option<Progress>,
@@ -32,9 +39,21 @@ impl BuildsApi {
     ) -> Pin<Box<dyn Stream<Item = Result<api::Build, Status>> + Send>> {
         let changes = self.view.changes();
         let told = self.steps.told();
+        let places = self.queue.changes();
+        let ahead = self.queue.ahead(&entry);
         let first = self.shown(&entry).await;
         let over = entry.record.state.is_terminal();
-        let watch = Watch { view: self.view.clone(), changes, told, sent: entry, step: None, over };
+        let watch = Watch {
+            view: self.view.clone(),
+            changes,
+            told,
+            queue: self.queue.clone(),
+            places,
+            ahead,
+            sent: entry,
+            step: None,
+            over,
+        };
         let later = futures::stream::unfold(watch, async |mut watch| {
             let build = watch.next().await?;
             Some((Ok(build), watch))
@@ -64,6 +83,14 @@ impl Watch {
                         return None;
                     }
                 }
+                changed = self.places.changed(), if waits(&self.sent.record) => {
+                    if changed.is_err() {
+                        return None;
+                    }
+                    if self.queue.ahead(&self.sent) != self.ahead {
+                        return Some(self.shown());
+                    }
+                }
                 told = self.told.recv() => match told {
                     Ok((id, step)) if id == self.sent.record.id => {
                         self.step = Some(step);
@@ -77,8 +104,8 @@ impl Watch {
         }
     }
 
-    fn shown(&self) -> api::Build {
-        let queue = queue(&self.view);
-        convert::build(&self.sent, ahead(&queue, &self.sent), self.step.as_ref())
+    fn shown(&mut self) -> api::Build {
+        self.ahead = self.queue.ahead(&self.sent);
+        convert::build(&self.sent, self.ahead, self.step.as_ref())
     }
 }

@@ -48,7 +48,8 @@ impl Failure {
         Self::Rpc { doing, status: Box::new(status) }
     }
 
-    /// 2: the request was wrong. 3: the service could not be reached, or isn't able now.
+    /// 2: the request was wrong. 3: the service could not be reached, or isn't able now. 4: it is able, and has no room
+    /// for this now.
     pub(super) fn exit_code(&self) -> u8 {
         match self {
             Self::OutputClosed => 0,
@@ -64,7 +65,7 @@ impl Failure {
 
     /// Whether a stream that ended so is worth asking for again: all but a refusal of the request itself.
     pub(super) fn may_pass(&self) -> bool {
-        self.exit_code() == 3
+        self.exit_code() >= 3
     }
 }
 
@@ -79,9 +80,9 @@ fn exit_code_of(code: Code) -> u8 {
         | Code::PermissionDenied
         | Code::Unauthenticated
         | Code::Unimplemented => 2,
+        Code::ResourceExhausted => 4,
         Code::Unavailable
         | Code::DeadlineExceeded
-        | Code::ResourceExhausted
         | Code::Aborted
         | Code::Cancelled
         | Code::Internal
@@ -141,12 +142,12 @@ mod tests {
             (Code::Unimplemented, 2),
             (Code::Unavailable, 3),
             (Code::DeadlineExceeded, 3),
-            (Code::ResourceExhausted, 3),
+            (Code::ResourceExhausted, 4),
             (Code::Internal, 3),
             (Code::Unknown, 3),
         ] {
             let failure = Failure::rpc("asking", Status::new(code, "x"));
-            assert_eq!((failure.exit_code(), failure.may_pass()), (exit, exit == 3), "{code:?}");
+            assert_eq!((failure.exit_code(), failure.may_pass()), (exit, exit >= 3), "{code:?}");
         }
         assert_eq!(Failure::Request("x".into()).exit_code(), 2);
         assert_eq!(Failure::OutputClosed.exit_code(), 0);

@@ -26,7 +26,8 @@ use std::process::ExitCode;
 use failure::{Exit, Failure};
 
 const EXIT_CODES: &str = "Exit codes: 0 done · 1 the build failed or was cancelled · 2 the request was wrong · \
-                          3 the service could not be reached, or isn't able now · 130 left by Ctrl-C.";
+                          3 the service could not be reached, or isn't able now · 4 it has no room now, as the queue is \
+                          full · 130 left by Ctrl-C.";
 
 /// The commands that talk to a gateway, and `completions`.
 #[derive(Debug, clap::Subcommand)]

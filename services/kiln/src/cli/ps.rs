@@ -85,6 +85,9 @@ fn row(build: &Build, now: Timestamp) -> [String; 6] {
             format!("{} {}/{}", state_word(build.state), step.number, step.of)
         }
         (None, Some(step)) => format!("{} {}", state_word(build.state), step.number),
+        (None, None) if build.queue_position > 0 => {
+            format!("{} · {} ahead", state_word(build.state), build.queue_position)
+        }
         (None, None) => state_word(build.state),
     };
     [
@@ -129,6 +132,9 @@ mod tests {
         let now = time::timestamp(300, 0).unwrap();
         assert_eq!(row(&build, now), ["id", "running", "3m", "2m20s", "alice", "host:5000/x:aaaaaaaaaaaa…"]);
         assert_eq!(row(&Build { current_step: Some(step), ..build.clone() }, now)[1], "running 2/5");
+        let waiting = Build { state: 1, started_at: None, queue_position: 3, ..build.clone() };
+        assert_eq!(row(&waiting, now)[1], "queued · 3 ahead");
+        assert_eq!(row(&Build { queue_position: 0, ..waiting }, now)[1], "queued");
         let failed = Build { state: 4, reason: 1, finished_at: at(165), ..build };
         assert_eq!(row(&failed, now)[1..4], ["failed (dockerfile)", "3m", "5.0s"]);
     }

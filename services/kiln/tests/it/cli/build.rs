@@ -9,6 +9,7 @@ use kiln_testkit::wire::Wire;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, BufReader};
 use tokio::process::{Child, Command};
+use tonic::Status;
 
 use super::gateway::{Gateway, Script};
 use super::{ID, build, end, kiln, kiln_at, noise, over, run};
@@ -165,7 +166,8 @@ async fn a_build_that_need_not_be_followed() {
     let image =
         AlreadyBuilt { r#ref: "host/x:y".into(), base_ref: "host/b:z".into(), digest: "sha256:1".into() };
     let answer = BuildImageResponse { outcome: Some(Outcome::AlreadyBuilt(image)), joined: false };
-    script.answer.lock().unwrap().extend([Ok(answer.clone()), Ok(answer)]);
+    let full = Status::resource_exhausted("the queue is full: 1000 builds wait");
+    script.answer.lock().unwrap().extend([Ok(answer.clone()), Ok(answer), Err(full)]);
     let gateway = Gateway::start(script).await;
     let ended = run(&gateway, &["build", "--detach", "https://h/x"]).await;
     assert_eq!((ended.code, ended.text(), ended.stderr.as_str()), (Some(0), &*format!("{ID}\n"), ""));
@@ -174,12 +176,19 @@ async fn a_build_that_need_not_be_followed() {
     assert_eq!(ended.stderr, "kiln: already built\n  ref     host/x:y\n  digest  sha256:1\n");
     let ended = run(&gateway, &["build", "https://h/x", "-o", "json"]).await;
     assert_eq!(ended.objects()[0]["state"], "already_built");
+    // Which a script may tell from a service that isn't able.
+    let ended = run(&gateway, &["build", "https://h/x"]).await;
+    assert_eq!(ended.code, Some(4));
+    assert_eq!(
+        ended.stderr,
+        "kiln: asking for the build: a limit of the service is reached, try again later: the queue is full: 1000 builds wait\n"
+    );
     // Nothing is left to answer: the service isn't able.
     let ended = run(&gateway, &["build", "https://h/x"]).await;
     assert_eq!(ended.code, Some(3));
     assert_eq!(
         ended.stderr,
-        "kiln: asking for the build: the service isn't able now, try again later: the queue is full\n"
+        "kiln: asking for the build: the service isn't able now, try again later: no orchestrator answers\n"
     );
 }
 

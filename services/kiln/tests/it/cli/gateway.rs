@@ -135,7 +135,7 @@ impl Builds for Scripted {
         self.0.asked.send_modify(|asked| asked.push(request.into_inner()));
         self.0.answering.subscribe().wait_for(|answering| *answering).await.unwrap();
         let answer = self.0.answer.lock().unwrap().pop_front();
-        answer.unwrap_or_else(|| Err(Status::unavailable("the queue is full"))).map(Response::new)
+        answer.unwrap_or_else(|| Err(Status::unavailable("no orchestrator answers"))).map(Response::new)
     }
 
     async fn build_status(&self, request: Request<BuildStatusRequest>) -> Result<Response<Build>, Status> {
