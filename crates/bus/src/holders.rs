@@ -320,13 +320,13 @@ impl Bus {
 }
 
 /// A lease as it lies in the bucket.
-struct Lease {
-    instance: InstanceId,
+pub(crate) struct Lease {
+    pub(crate) instance: InstanceId,
     life: String,
     host: String,
 }
 
-async fn leases(store: &Store) -> Result<Vec<Lease>, BusError> {
+pub(crate) async fn leases(store: &Store) -> Result<Vec<Lease>, BusError> {
     let failed = |error: &dyn std::fmt::Display| BusError::unavailable("read the leases", error);
     let mut keys = store.keys().await.map_err(|error| failed(&error))?;
     let mut leases = Vec::new();

@@ -80,7 +80,7 @@ impl Bus {
     }
 }
 
-fn streams(layout: &Layout) -> [stream::Config; 4] {
+pub(crate) fn streams(layout: &Layout) -> [stream::Config; 4] {
     let file = stream::Config {
         storage: stream::StorageType::File,
         num_replicas: layout.replicas,
@@ -141,7 +141,7 @@ fn streams(layout: &Layout) -> [stream::Config; 4] {
     ]
 }
 
-fn buckets(layout: &Layout) -> [kv::Config; 3] {
+pub(crate) fn buckets(layout: &Layout) -> [kv::Config; 3] {
     let file = kv::Config { history: 1, num_replicas: layout.replicas, ..Default::default() };
     [
         kv::Config {

@@ -10,6 +10,7 @@ pub mod connection;
 pub mod error;
 pub mod events;
 pub mod holders;
+pub mod inspect;
 pub mod journal;
 pub mod layout;
 pub mod logs;

@@ -1,8 +1,10 @@
 //! `KILN_SECRETS`: a sealed entry for each build that isn't cleaned up yet.
 
+use async_nats::jetstream::kv::Operation;
 use async_nats::jetstream::stream::LastRawMessageErrorKind;
 use bytes::Bytes;
 use futures::StreamExt as _;
+use jiff::Timestamp;
 use kiln_contract::bucket;
 use kiln_contract::secrets::Secrets;
 use kiln_domain::id::BuildId;
@@ -64,6 +66,17 @@ impl SecretsBucket {
             Err(error) if matches!(error.kind(), LastRawMessageErrorKind::NoMessageFound) => Ok(None),
             Err(error) => Err(BusError::unavailable("read a build's secrets", error)),
         }
+    }
+
+    /// Since when a build's entry is there; `None` once it is cleaned up.
+    pub async fn since(&self, id: &BuildId) -> Result<Option<Timestamp>, BusError> {
+        const READ: &str = "look at a build's secrets";
+        let entry =
+            self.store.entry(id.as_str()).await.map_err(|error| BusError::unavailable(READ, error))?;
+        let put = entry.filter(|entry| entry.operation == Operation::Put);
+        put.map(|entry| Timestamp::from_nanosecond(entry.created.unix_timestamp_nanos()))
+            .transpose()
+            .map_err(|error| BusError::malformed(READ, error))
     }
 
     /// Removes a build's entry, its old revisions too.

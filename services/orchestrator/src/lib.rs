@@ -16,6 +16,7 @@ mod config;
 mod handlers;
 mod holder;
 mod identity;
+pub mod inspect;
 mod mask;
 mod metrics;
 mod queue;
