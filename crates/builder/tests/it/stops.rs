@@ -37,6 +37,20 @@ fn pids(workshop: &Workshop, spec: &RunSpec) -> Result<Vec<Pid>> {
         .collect()
 }
 
+/// Kills what lives of the run, and waits until nothing does.
+async fn end_all(workshop: &Workshop, spec: &RunSpec, run: &Run) -> Result<()> {
+    // Again and again: one may start another meanwhile.
+    let killed = || {
+        for pid in pids(workshop, spec)? {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        // A process that is about to end shows no open file any more a moment before its locks are free.
+        let lock = std::fs::File::open(run.folder.join(run_folder::LOCK))?;
+        Ok(rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok())
+    };
+    until("they are dead", killed).await
+}
+
 fn all_is_gone(workshop: &Workshop, spec: &RunSpec) -> Result<()> {
     let processes = workshop.processes(&spec.run)?;
     ensure!(processes.is_empty(), "still there: {processes:?}");
@@ -108,15 +122,7 @@ async fn what_a_killed_builder_left_is_removed_by_the_next() -> Result<()> {
     // Its children hold the run.
     first.start()?;
     ensure!(first.wait()? == Some(4), "{}", first.output());
-    // Again and again: one may start another meanwhile.
-    let killed = || {
-        let pids = pids(&workshop, &spec)?;
-        for pid in &pids {
-            let _ = kill_process(*pid, Signal::KILL);
-        }
-        Ok(pids.is_empty())
-    };
-    until("they are dead", killed).await?;
+    end_all(&workshop, &spec, &first).await?;
     ensure!(first.has(run_folder::WORK) && !first.has(run_folder::OUTCOME));
     first.touch(run_folder::REVOKED)?;
     first.start()?;
