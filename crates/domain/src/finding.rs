@@ -1,6 +1,8 @@
 //! What an examination of an installation finds, in the words of whoever is to mend it. Each crate examines what it knows;
 //! `kiln doctor` joins what they found.
 
+use std::time::Duration;
+
 use serde::Serialize;
 
 /// One thing that was looked at.
@@ -65,5 +67,15 @@ impl Verdict {
             Self::Warning => "warning",
             Self::Problem => "problem",
         }
+    }
+}
+
+/// A time as it is told: `12 s`, `4 min`, `3 h`, `2 days`.
+pub fn spoken(time: Duration) -> String {
+    match time.as_secs() {
+        seconds @ 0..120 => format!("{seconds} s"),
+        seconds @ 120..7_200 => format!("{} min", seconds / 60),
+        seconds @ 7_200..172_800 => format!("{} h", seconds / 3_600),
+        seconds => format!("{} days", seconds / 86_400),
     }
 }

@@ -8,7 +8,7 @@ use kiln_bus::journal::{Entry, Journal};
 use kiln_bus::seal::OpenKey;
 use kiln_bus::secrets::SecretsBucket;
 use kiln_bus::{Bus, BusError};
-use kiln_domain::finding::Finding;
+use kiln_domain::finding::{Finding, spoken};
 use kiln_domain::id::{BuildId, InstanceId};
 use kiln_domain::record::State;
 
@@ -200,16 +200,6 @@ fn of_active(entry: &Entry, live: &BTreeSet<InstanceId>, now: Timestamp) -> Opti
 /// None before.
 fn since(at: Timestamp, now: Timestamp) -> Duration {
     now.duration_since(at).try_into().unwrap_or_default()
-}
-
-/// `12 s`, `4 min`, `3 h`, `2 days`.
-fn spoken(time: Duration) -> String {
-    match time.as_secs() {
-        seconds @ 0..120 => format!("{seconds} s"),
-        seconds @ 120..7_200 => format!("{} min", seconds / 60),
-        seconds @ 7_200..172_800 => format!("{} h", seconds / 3_600),
-        seconds => format!("{} days", seconds / 86_400),
-    }
 }
 
 #[cfg(test)]

@@ -5,12 +5,13 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use kiln_domain::run::{Ended, RunSecrets, RunSpec};
 use kiln_domain::run_folder::{self, SecretsFile, Settings};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+use rustix::process::Pid;
 use serde::Serialize;
 
 use crate::kill;
@@ -222,6 +223,28 @@ impl Folder {
         Ok(())
     }
 
+    /// When the run was revoked, if all else of it is removed.
+    pub(crate) fn only_revoked(&self) -> io::Result<Option<SystemTime>> {
+        if self.has(run_folder::OUTPUT)? || self.has(run_folder::WORK)? {
+            return Ok(None);
+        }
+        let revoked = gone(fs::metadata(self.file(run_folder::REVOKED)).map(Some))?;
+        revoked.map(|file| file.modified()).transpose()
+    }
+
+    /// When something of the run was last written.
+    pub(crate) fn changed(&self) -> io::Result<SystemTime> {
+        let folder = fs::metadata(&self.path)?.modified()?;
+        let output = gone(fs::metadata(self.file(run_folder::OUTPUT)).map(Some))?;
+        let output = output.map(|output| output.modified()).transpose()?;
+        Ok(output.map_or(folder, |output| output.max(folder)))
+    }
+
+    /// What holds the run's lock, as far as this user can see: pid and program.
+    pub(crate) fn processes(&self) -> io::Result<Vec<(Pid, String)>> {
+        gone(kill::names(&self.file(run_folder::LOCK)))
+    }
+
     /// The output from a byte on, at most `max`; none if there is no output.
     pub(crate) fn read(&self, from: u64, max: usize) -> io::Result<Option<Piece>> {
         let Some(file) = gone(File::open(self.file(run_folder::OUTPUT)).map(Some))? else { return Ok(None) };
@@ -257,15 +280,12 @@ impl Folder {
     }
 }
 
-/// Removes the revocations that are older than `age`, seen from the one of `latest`.
-pub(crate) fn forget_revoked(runs: &Path, latest: &Folder, age: Duration) -> io::Result<()> {
-    let now = fs::metadata(latest.file(run_folder::REVOKED))?.modified()?;
+/// Removes the revocations of removed runs that are older than `age`.
+pub(crate) fn forget_revoked(runs: &Path, now: SystemTime, age: Duration) -> io::Result<()> {
     for entry in fs::read_dir(runs)?.flatten() {
-        let revoked = entry.path().join(run_folder::REVOKED);
-        let Ok(written) = fs::metadata(&revoked).and_then(|file| file.modified()) else { continue };
         let folder = Folder::new(entry.path());
-        let removed = !folder.has(run_folder::OUTPUT)? && !folder.has(run_folder::WORK)?;
-        if removed && now.duration_since(written).is_ok_and(|since| since > age) {
+        let Some(written) = folder.only_revoked()? else { continue };
+        if now.duration_since(written).is_ok_and(|since| since > age) {
             gone(fs::remove_dir_all(folder.path()))?;
         }
     }
@@ -307,7 +327,7 @@ mod tests {
             let file = File::options().write(true).open(folder.file(run_folder::REVOKED)).unwrap();
             file.set_modified(now - 2 * day).unwrap();
         }
-        forget_revoked(runs.path(), &young, day).unwrap();
+        forget_revoked(runs.path(), now, day).unwrap();
         assert_eq!([&old, &kept, &young].map(|folder| folder.exists().unwrap()), [false, true, true]);
     }
 }

@@ -7,7 +7,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -16,21 +16,40 @@ const CLOSE_ON_EXEC: u32 = 0o2_000_000;
 
 /// Kills every process that holds the lock; those whose parent hands it to a new child meanwhile are the next call's.
 pub(crate) fn holders(lock: &Path) -> io::Result<()> {
-    let lock = fs::metadata(lock)?;
-    let lock = (lock.dev(), lock.ino());
-    for process in fs::read_dir("/proc")?.flatten() {
-        let pid = process.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
-        let Some(pid) = pid else { continue };
-        if !holds(&process.path(), lock) {
+    let lock = identity(lock)?;
+    for (pid, process) in processes()? {
+        if !holds(&process, lock) {
             continue;
         }
         let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { continue };
         // The pid may have changed hands before it was opened; from here on it can't.
-        if holds(&process.path(), lock) {
+        if holds(&process, lock) {
             let _ = pidfd_send_signal(&pidfd, Signal::KILL);
         }
     }
     Ok(())
+}
+
+/// The processes that hold the lock, each with its program's name: to be shown. Those of other users can't be seen.
+pub(crate) fn names(lock: &Path) -> io::Result<Vec<(Pid, String)>> {
+    let lock = identity(lock)?;
+    let holding = processes()?.into_iter().filter(|(_, process)| holds(process, lock));
+    Ok(holding
+        .map(|(pid, process)| {
+            let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
+            (pid, name.trim().to_owned())
+        })
+        .collect())
+}
+
+fn identity(file: &Path) -> io::Result<(u64, u64)> {
+    fs::metadata(file).map(|file| (file.dev(), file.ino()))
+}
+
+fn processes() -> io::Result<Vec<(Pid, PathBuf)>> {
+    let of_number = |name: &str| name.parse().ok().and_then(Pid::from_raw);
+    let all = fs::read_dir("/proc")?.flatten();
+    Ok(all.filter_map(|entry| Some((of_number(entry.file_name().to_str()?)?, entry.path()))).collect())
 }
 
 fn holds(process: &Path, lock: (u64, u64)) -> bool {

@@ -8,6 +8,7 @@
 
 mod config;
 mod folder;
+pub mod inspect;
 mod kill;
 mod read;
 
@@ -62,6 +63,11 @@ impl LocalEngine {
             children: Arc::default(),
             ending: Arc::default(),
         }
+    }
+
+    /// Forgets the revocations whose time is over; each removal of a run does so too.
+    pub fn sweep(&self) -> io::Result<()> {
+        forget_revoked(&self.config.runs, inspect::now(), REVOKED_FOR)
     }
 
     /// Ends the engine's own tasks; builders run on.
@@ -262,7 +268,7 @@ impl Engine for LocalEngine {
         blocking(&folder, Folder::empty).await?;
         drop(lock);
         let runs = self.config.runs.clone();
-        blocking(&folder, move |folder| forget_revoked(&runs, folder, REVOKED_FOR)).await
+        blocking(&folder, move |_| forget_revoked(&runs, inspect::now(), REVOKED_FOR)).await
     }
 
     async fn read(&self, run: &RunId, from: &Cursor, max: usize) -> Result<Output, EngineError> {

@@ -24,5 +24,9 @@ pub(crate) fn open(config: &Config) -> anyhow::Result<Arc<LocalEngine>> {
     if let Some(isolation) = &local.isolation {
         config.settings.isolation.clone_from(isolation);
     }
-    Ok(Arc::new(LocalEngine::new(config)))
+    let engine = LocalEngine::new(config);
+    if let Err(error) = engine.sweep() {
+        tracing::warn!("revocations of runs that are long over stay for now: {error}");
+    }
+    Ok(Arc::new(engine))
 }
