@@ -49,18 +49,15 @@ pub(crate) async fn copy(from: &Repository<'_>, to: &Repository<'_>, blob: &Blob
         }
     }
     if has(to, blob).await? {
-        // An upload that was opened in vain ends by itself, if not by this.
         if let Some(url) = session {
-            let reference = to.at(&blob.digest);
-            let cancelled = to.send(Request::new(Method::DELETE, url), &reference);
-            let _ = timeout(to.http.config.request_timeout, cancelled).await;
+            abandon(to, url).await;
         }
         return Ok(());
     }
     loop {
         let url = match session.take() {
             Some(url) => url,
-            None => match start(to, blob, None).await? {
+            None => match start(to, None).await? {
                 Upload::Mounted => return Ok(()),
                 Upload::At(url) => url,
             },
@@ -74,9 +71,24 @@ pub(crate) async fn copy(from: &Repository<'_>, to: &Repository<'_>, blob: &Blob
     }
 }
 
+/// Whether something may be uploaded to a repository: begins an upload of nothing, and gives it up.
+pub(crate) async fn may_upload(to: &Repository<'_>) -> Result<(), Error> {
+    if let Upload::At(url) = start(to, None).await? {
+        abandon(to, url).await;
+    }
+    Ok(())
+}
+
+/// Ends an upload that was opened in vain; if it can't, the upload ends by itself.
+async fn abandon(to: &Repository<'_>, url: Url) {
+    let reference = format!("{}/{}", to.registry, to.name);
+    let cancelled = to.send(Request::new(Method::DELETE, url), &reference);
+    let _ = timeout(to.http.config.request_timeout, cancelled).await;
+}
+
 /// Asks for a mount; `None` where the registry doesn't want to hear of it.
 async fn mount(from: &Repository<'_>, to: &Repository<'_>, blob: &Blob) -> Result<Option<Upload>, Error> {
-    match start(to, blob, Some(from.name)).await {
+    match start(to, Some((blob, from.name))).await {
         Ok(upload) => Ok(Some(upload)),
         Err(failure @ (Error::Unavailable { .. } | Error::Limited { .. } | Error::UnknownHost { .. })) => {
             Err(failure)
@@ -101,13 +113,13 @@ async fn has(to: &Repository<'_>, blob: &Blob) -> Result<bool, Error> {
     }
 }
 
-/// Begins an upload, and asks for a mount from another repository if one is named.
-async fn start(to: &Repository<'_>, blob: &Blob, mount_from: Option<&str>) -> Result<Upload, Error> {
+/// Begins an upload, and asks for a mount of a blob from another repository if one is named.
+async fn start(to: &Repository<'_>, mount: Option<(&Blob, &str)>) -> Result<Upload, Error> {
     // Named as the repository: it is that which is not there, or not to be written to.
     let reference = format!("{}/{}", to.registry, to.name);
     to.again(async || {
         let mut request = to.request(Method::POST, "blobs/uploads/", &reference)?;
-        if let Some(from) = mount_from {
+        if let Some((blob, from)) = mount {
             let mut query = request.url_mut().query_pairs_mut();
             query.append_pair("mount", blob.digest.as_str()).append_pair("from", from);
         }

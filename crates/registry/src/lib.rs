@@ -15,6 +15,7 @@ mod challenge;
 mod copy;
 mod error;
 mod http;
+pub mod inspect;
 mod manifest;
 mod repository;
 mod resolve;

@@ -10,6 +10,7 @@ mod copy;
 mod credentials;
 mod faults;
 mod front;
+mod inspect;
 mod resolve;
 
 use std::time::Duration;
