@@ -10,6 +10,7 @@
 
 mod failure;
 mod files;
+mod storage;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,9 +23,11 @@ use kiln_domain::run_folder::Settings;
 use secrecy::{ExposeSecret, SecretString};
 use tokio::process::Command;
 
+pub(crate) use self::storage::{Storage, boot_id};
 use crate::children::{Children, Show};
 use crate::folder::write_private;
 use crate::memory::Memory;
+
 use crate::tool::{BuildRequest, BuildTool, Built, ToolError};
 
 /// The longest argument that Linux takes.
@@ -56,7 +59,8 @@ impl Buildah {
         std::fs::write(work.join("registries.conf"), files::registries(plain_http))?;
         std::fs::write(work.join("policy.json"), files::POLICY)?;
         let buildah = Self::of(settings, work, children);
-        std::fs::create_dir_all(buildah.root())?;
+        std::fs::create_dir_all(buildah.storage().root())?;
+        buildah.storage().forget_other_boots();
         Ok(Self { secrets: secrets.clone(), ..buildah })
     }
 
@@ -76,27 +80,11 @@ impl Buildah {
         Self { no_cache, ..self }
     }
 
-    fn root(&self) -> PathBuf {
-        self.settings.storage.join("buildah/root")
-    }
-
-    /// Notes of mounts, which must not outlive the boot that they belong to.
-    fn run_root(&self) -> PathBuf {
-        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        self.settings.storage.join("buildah").join(format!("run-{}", boot.trim()))
-    }
-
     fn command(&self, verb: &str) -> Command {
         let mut command = Children::command("buildah", &self.work);
-        command
-            .env("CONTAINERS_REGISTRIES_CONF", self.work.join("registries.conf"))
-            .arg("--root")
-            .arg(self.root())
-            .arg("--runroot")
-            .arg(self.run_root())
-            .arg("--storage-driver")
-            .arg(&self.settings.storage_driver)
-            .arg(verb);
+        command.env("CONTAINERS_REGISTRIES_CONF", self.work.join("registries.conf"));
+        self.storage().use_by(&mut command);
+        command.arg(verb);
         command
     }
 
@@ -171,16 +159,14 @@ impl Buildah {
 
     /// The containers that this run's builds left behind.
     fn leftover_containers(&self) -> Vec<String> {
-        let folder = self.root().join(format!("{}-containers", self.settings.storage_driver));
-        let mark = self.work.join("hooks").display().to_string();
-        let marked = |folder: &Path| {
-            let description =
-                std::fs::read_to_string(folder.join("userdata/buildah.json")).unwrap_or_default();
-            description.contains(&mark)
-        };
-        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-        let marked = entries.filter(|entry| marked(&entry.path()));
-        marked.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+        let Some(run) = self.work.parent() else { return Vec::new() };
+        let (Some(runs), Some(name)) = (run.parent(), run.file_name()) else { return Vec::new() };
+        let containers = self.storage().containers(runs).into_iter();
+        containers.filter(|(_, run)| name == run.as_str()).map(|(container, _)| container).collect()
+    }
+
+    fn storage(&self) -> Storage {
+        Storage::of(&self.settings)
     }
 }
 
@@ -228,12 +214,11 @@ impl BuildTool for Buildah {
         ended.tail.trim().parse().ok()
     }
 
-    async fn clear(&self, built: Option<&Built>) {
+    async fn clear(&self, built: Option<&Built>) -> bool {
         let containers = self.leftover_containers();
         if !containers.is_empty() {
             let mut command = self.command("rm");
             command.args(containers);
-            // What stays costs space until this run's folder is removed, and is looked for again then.
             let _ = self.children.run(command, Show::Nothing).await;
         }
         if let Some(built) = built.filter(|_| self.no_cache) {
@@ -242,6 +227,7 @@ impl BuildTool for Buildah {
             // It may serve another build at the moment.
             let _ = self.children.run(command, Show::Nothing).await;
         }
+        self.leftover_containers().is_empty()
     }
 }
 

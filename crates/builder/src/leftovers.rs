@@ -10,22 +10,35 @@ use rustix::mount::{UnmountFlags, unmount};
 use crate::folder::{Folder, removed};
 
 /// Removes secrets and work folder. Nothing of the run works any more.
-pub(crate) fn remove(folder: &Folder) -> io::Result<()> {
+///
+/// With `cleared` false, as something of the run is left in the build tool's storage, the work folder stays, empty: it is
+/// what tells an engine to have it cleared once more.
+pub(crate) fn remove(folder: &Folder, cleared: bool) -> io::Result<()> {
     let secrets = folder.remove_secrets();
     let work = folder.work();
-    for mount in mounts_under(&work)?.iter().rev() {
-        unmount(mount, UnmountFlags::DETACH)?;
+    let worked = work.try_exists()?;
+    remove_folder(&work)?;
+    if worked && !cleared {
+        std::fs::create_dir(&work)?;
+        return Err(io::Error::other("the build tool could not remove its containers"));
     }
-    // Through a mount that stayed, something else's files would be removed: the look is repeated.
-    if !mounts_under(&work)?.is_empty() {
-        return Err(io::Error::other("something is still mounted in the work folder"));
-    }
-    removed(std::fs::remove_dir_all(&work))?;
     secrets
 }
 
+/// Removes a folder with all that is mounted in it.
+pub(crate) fn remove_folder(folder: &Path) -> io::Result<()> {
+    for mount in mounts_under(folder)?.iter().rev() {
+        unmount(mount, UnmountFlags::DETACH)?;
+    }
+    // Through a mount that stayed, something else's files would be removed: the look is repeated.
+    if !mounts_under(folder)?.is_empty() {
+        return Err(io::Error::other(format!("something is still mounted in {}", folder.display())));
+    }
+    removed(std::fs::remove_dir_all(folder))
+}
+
 /// In the order in which they were mounted.
-fn mounts_under(folder: &Path) -> io::Result<Vec<PathBuf>> {
+pub(crate) fn mounts_under(folder: &Path) -> io::Result<Vec<PathBuf>> {
     // proc(5): the fifth field is the mount point, with \040 for a space and so on.
     let text = std::fs::read("/proc/self/mountinfo")?;
     let points = text.split(|b| *b == b'\n').filter_map(|line| line.split(|b| *b == b' ').nth(4));

@@ -16,6 +16,7 @@ mod children;
 mod context;
 mod dockerfile;
 mod folder;
+pub mod inspect;
 mod job;
 mod leftovers;
 mod lock;
@@ -182,9 +183,9 @@ async fn clear(folder: &Folder, task: &Task, children: &Children, progress: &Pro
             None => Buildah::of(&task.settings, &folder.work(), children).clear(None).await,
         }
     };
-    let _ = timeout(CLEARING, clearing).await;
+    let cleared = timeout(CLEARING, clearing).await.unwrap_or(false);
     children.end_all().await;
-    if let Err(error) = leftovers::remove(folder) {
+    if let Err(error) = leftovers::remove(folder, cleared) {
         children.output().say(&format!("something is left in the run's folder: {error}"));
     }
 }
@@ -192,13 +193,15 @@ async fn clear(folder: &Folder, task: &Task, children: &Children, progress: &Pro
 /// After a builder that could not clear up itself.
 async fn clear_old(folder: &Folder, output: Output) -> Exit {
     let Ok(children) = Children::new(output.clone()) else { return Exit::Broken };
+    let mut cleared = true;
     if let Ok(settings) = folder.settings()
         && folder.work().exists()
     {
-        let _ = timeout(CLEARING, Buildah::of(&settings, &folder.work(), &children).clear(None)).await;
+        let buildah = Buildah::of(&settings, &folder.work(), &children);
+        cleared = timeout(CLEARING, buildah.clear(None)).await.unwrap_or(false);
         children.end_all().await;
     }
-    match leftovers::remove(folder) {
+    match leftovers::remove(folder, cleared) {
         Ok(()) => Exit::Over,
         Err(error) => broken(&output, &format!("something is left in the run's folder: {error}")),
     }

@@ -67,6 +67,6 @@ pub trait BuildTool: Send + Sync {
     async fn digest(&self, image: &ImageReference) -> Option<Digest>;
 
     /// Removes what a build left that is of no use any more: containers, mounts, an image that no later build can use.
-    /// Nothing of the run builds any more.
-    async fn clear(&self, built: Option<&Built>);
+    /// Nothing of the run builds any more. False if something is left.
+    async fn clear(&self, built: Option<&Built>) -> bool;
 }
