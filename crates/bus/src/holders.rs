@@ -125,7 +125,7 @@ impl Holders {
             .live
             .borrow()
             .iter()
-            .filter(|other| role_of(other) == self.shared.role)
+            .filter(|other| other.role() == self.shared.role)
             .cloned()
             .collect();
         let mine = self.mine().instance.clone();
@@ -323,7 +323,7 @@ impl Bus {
 pub(crate) struct Lease {
     pub(crate) instance: InstanceId,
     life: String,
-    host: String,
+    pub(crate) host: String,
 }
 
 pub(crate) async fn leases(store: &Store) -> Result<Vec<Lease>, BusError> {
@@ -348,9 +348,4 @@ fn key(instance: &InstanceId) -> String {
 
 fn new_instance(role: &str) -> Result<InstanceId, BusError> {
     InstanceId::new(role, rand::random()).map_err(|error| BusError::malformed("name the instance", error))
-}
-
-/// The role that an instance's name begins with.
-fn role_of(instance: &InstanceId) -> &str {
-    instance.as_str().rsplit_once('-').map_or("", |(role, _)| role)
 }

@@ -34,6 +34,8 @@ const RESTART: &str = "restart a role, or `kiln up`: at its start it brings stre
 pub struct Instances {
     /// Of the roles that take leases, by instance: orchestrators and log-relays.
     pub leases: BTreeSet<InstanceId>,
+    /// The hosts that their engines' builders are bound to.
+    pub hosts: BTreeSet<String>,
     /// Of those that are asked, the name of each that answered: orchestrators and resolvers.
     pub services: Vec<String>,
 }
@@ -58,7 +60,11 @@ impl Bus {
         const ASK: &str = "ask who is there";
         let store = self.js.get_key_value(bucket::HOLDERS).await;
         let store = store.map_err(|error| BusError::unavailable(ASK, error))?;
-        let leases = leases(&store).await?.into_iter().map(|lease| lease.instance).collect();
+        let (mut live, mut hosts) = (BTreeSet::new(), BTreeSet::new());
+        for lease in leases(&store).await? {
+            live.insert(lease.instance);
+            hosts.extend(Some(lease.host).filter(|host| !host.is_empty()));
+        }
         let inbox = self.client.new_inbox();
         let mut answers =
             self.client.subscribe(inbox.clone()).await.map_err(|error| BusError::unavailable(ASK, error))?;
@@ -68,9 +74,10 @@ impl Bus {
         let until = tokio::time::Instant::now() + ANSWERS;
         while let Ok(Some(answer)) = tokio::time::timeout_at(until, answers.next()).await {
             let answer: serde_json::Value = serde_json::from_slice(&answer.payload).unwrap_or_default();
-            services.extend(answer.get("name").and_then(|name| name.as_str()).map(str::to_owned));
+            let name = answer.get("name").and_then(|name| name.as_str());
+            services.extend(name.and_then(|name| name.strip_prefix("kiln-")).map(str::to_owned));
         }
-        Ok(Instances { leases, services })
+        Ok(Instances { leases: live, hosts, services })
     }
 
     async fn inspect_server(&self, layout: &Layout) -> Vec<Finding> {

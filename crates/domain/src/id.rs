@@ -139,6 +139,11 @@ impl InstanceId {
     pub fn new(role: &str, entropy: u64) -> Result<Self, InvalidId> {
         format!("{role}-{entropy:016x}").parse()
     }
+
+    /// The role that it begins with.
+    pub fn role(&self) -> &str {
+        self.0.rsplit_once('-').map_or("", |(role, _)| role)
+    }
 }
 
 fn is_hex(byte: u8) -> bool {

@@ -3,6 +3,7 @@
 mod check_config;
 mod cli;
 mod config;
+mod doctor;
 mod process;
 mod roles;
 mod up;
@@ -39,6 +40,9 @@ enum Command {
     CacheWarmer(roles::Options),
     /// Say what is wrong with a configuration file
     CheckConfig(check_config::Options),
+    /// Examine an installation, and say what to do about what is found
+    #[command(after_help = doctor::EXAMPLES)]
+    Doctor(doctor::Options),
     /// Work on one run: an engine starts this
     #[command(hide = true)]
     Builder(roles::builder::Options),
@@ -58,6 +62,7 @@ fn main() -> ExitCode {
         Command::LogRelay(options) => process::run(|stop| roles::run(options, Role::LogRelay, stop)),
         Command::CacheWarmer(options) => process::run(|stop| roles::run(options, Role::CacheWarmer, stop)),
         Command::CheckConfig(options) => check_config::run(&options),
+        Command::Doctor(options) => process::command(doctor::run(options)),
         Command::Builder(options) => roles::builder::run(&options),
         Command::Supervise(options) => roles::supervise::run(&options),
     }

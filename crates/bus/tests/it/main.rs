@@ -3,6 +3,7 @@
 #![cfg(test)]
 
 mod holders;
+mod inspect;
 mod journal;
 mod logs;
 mod parts;

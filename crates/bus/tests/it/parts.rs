@@ -13,10 +13,13 @@ pub(crate) async fn connect(url: &str) -> Result<Bus> {
 /// A connection, and the streams and buckets made.
 pub(crate) async fn provisioned(url: &str, replicas: usize) -> Result<Bus> {
     let bus = connect(url).await?;
-    let layout =
-        Layout { replicas, journal_max_bytes: 256 << 20, logs_max_bytes: 256 << 20, ..Layout::default() };
-    bus.provision(&layout).await?;
+    bus.provision(&layout(replicas)).await?;
     Ok(bus)
+}
+
+/// Streams that fit a small disk.
+pub(crate) fn layout(replicas: usize) -> Layout {
+    Layout { replicas, journal_max_bytes: 256 << 20, logs_max_bytes: 256 << 20, ..Layout::default() }
 }
 
 pub(crate) fn instance(n: u64) -> Result<InstanceId> {

@@ -84,10 +84,10 @@ impl Found {
 }
 
 /// What is to be said of runs, by how their builds stand.
-pub fn findings(found: &[Found], stands: impl Fn(&RunId) -> Stands) -> Vec<Finding> {
+pub fn findings(found: &[Found], stands: impl Fn(&Found) -> Stands) -> Vec<Finding> {
     let mut findings = Vec::new();
     for found in found {
-        let (run, stands) = (&found.run, stands(&found.run));
+        let (run, stands) = (&found.run, stands(found));
         if !found.is_leftover(stands) {
             continue;
         }
@@ -125,7 +125,7 @@ pub fn findings(found: &[Found], stands: impl Fn(&RunId) -> Stands) -> Vec<Findi
             found.iter().filter(|found| found.lives).count(),
         );
         let says = format!("{kept} there, {live} of them live");
-        let unasked = found.iter().any(|found| !found.is_marker() && stands(&found.run) == Stands::NotAsked);
+        let unasked = found.iter().any(|found| !found.is_marker() && stands(found) == Stands::NotAsked);
         findings.push(if unasked {
             Finding::unchecked(
                 RUNS,

@@ -157,9 +157,9 @@ impl Engine for LocalEngine {
         "local"
     }
 
-    /// This boot of this machine: runs are processes, locks and files of it.
+    /// Runs are processes, locks and files of it.
     fn host(&self) -> Option<String> {
-        std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_owned())
+        this_host()
     }
 
     async fn start(&self, spec: &RunSpec, secrets: &RunSecrets) -> Result<Handle, EngineError> {
@@ -278,6 +278,11 @@ impl Engine for LocalEngine {
     fn advance(&self, from: &Cursor, bytes: &[u8]) -> Cursor {
         read::advance(from, bytes)
     }
+}
+
+/// Names this boot of this machine, to which the builders of a local engine are bound.
+pub fn this_host() -> Option<String> {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_owned())
 }
 
 /// Does what blocks for a moment where that holds up nobody.

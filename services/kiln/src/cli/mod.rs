@@ -13,7 +13,7 @@ mod failure;
 mod id;
 mod json;
 mod logs;
-mod output;
+pub(crate) mod output;
 mod progress;
 mod ps;
 mod resolve;

@@ -12,7 +12,7 @@ use super::failure::Failure;
 
 /// How an answer is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum Format {
+pub(crate) enum Format {
     /// Tables and plain lines; a log as its bytes
     Text,
     /// One JSON object a line
@@ -104,7 +104,7 @@ pub(super) fn table<const N: usize>(
 
 /// `text` with every control character, and what turns the direction of writing, as an escape: a server's text must not
 /// drive the terminal.
-pub(super) fn printable(text: &str) -> Cow<'_, str> {
+pub(crate) fn printable(text: &str) -> Cow<'_, str> {
     let drives = |c: char| {
         c.is_control()
             || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')

@@ -1,12 +1,31 @@
 //! The engine that the configuration names.
 
 use std::os::unix::fs::DirBuilderExt as _;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use kiln_domain::run_folder::Settings;
 use kiln_engine_local::LocalEngine;
 
-use crate::config::{Config, Engine};
+use crate::config::{Config, Engine, LocalEngine as LocalEngineConfig};
+
+/// Of the engine's folder: a folder for each run.
+pub(crate) const RUNS: &str = "runs";
+/// Of the engine's folder: what the build tool keeps.
+pub(crate) const LAYERS: &str = "layers";
+
+/// What builders are told, with layers kept in `layers`.
+pub(crate) fn settings(local: &LocalEngineConfig, layers: PathBuf) -> Settings {
+    let mut settings = Settings::new(layers);
+    if let Some(driver) = &local.storage_driver {
+        settings.storage_driver.clone_from(driver);
+    }
+    if let Some(isolation) = &local.isolation {
+        settings.isolation.clone_from(isolation);
+    }
+    settings
+}
 
 /// Opens it, for the orchestrator or the log-relay; one that is shared by both is opened once.
 pub(crate) fn open(config: &Config) -> anyhow::Result<Arc<LocalEngine>> {
@@ -17,13 +36,9 @@ pub(crate) fn open(config: &Config) -> anyhow::Result<Arc<LocalEngine>> {
         made.with_context(|| format!("`engine.local.folder`: can't make {}", path.display())).map(|()| path)
     };
     let program = std::env::current_exe().context("can't find this program's own file")?;
-    let mut config = kiln_engine_local::Config::new(make("runs")?, program, make("layers")?);
-    if let Some(driver) = &local.storage_driver {
-        config.settings.storage_driver.clone_from(driver);
-    }
-    if let Some(isolation) = &local.isolation {
-        config.settings.isolation.clone_from(isolation);
-    }
+    let layers = make(LAYERS)?;
+    let mut config = kiln_engine_local::Config::new(make(RUNS)?, program, layers.clone());
+    config.settings = settings(local, layers);
     let engine = LocalEngine::new(config);
     if let Err(error) = engine.sweep() {
         tracing::warn!("revocations of runs that are long over stay for now: {error}");

@@ -4,11 +4,19 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rand::RngExt as _;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use secrecy::{ExposeSecret as _, SecretString};
+
+/// Held by the `kiln up` that uses the directory.
+pub(crate) const LOCK: &str = "lock";
+
+/// Who only looks whether it is held (`kiln doctor`) holds it for an instant.
+const LOCK_TRIES: u32 = 5;
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// An open data directory. The lock is held as long as this is kept, and ends with the process, however that ends.
 #[derive(Debug)]
@@ -31,7 +39,7 @@ pub(crate) enum Error {
 impl DataDir {
     /// Opens the directory, and makes it where there is none.
     pub(crate) fn open(path: &Path) -> Result<Self, Error> {
-        let lock_path = path.join("lock");
+        let lock_path = path.join(LOCK);
         make_private(path)?;
         if !lock_path.exists() && !is_empty(path)? {
             return Err(Error::Foreign { path: path.to_owned() });
@@ -46,15 +54,18 @@ impl DataDir {
             .mode(0o600)
             .open(&lock_path)
             .map_err(io("open", &lock_path))?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => {
+        let mut tries = 1..LOCK_TRIES;
+        while let Err(error) = flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            if error != Errno::WOULDBLOCK {
+                return Err(io("lock", &lock_path)(error.into()));
+            }
+            if tries.next().is_none() {
                 let mut process = String::new();
                 // Who holds it is a help in the message, no more.
                 let _unread = lock.read_to_string(&mut process);
                 return Err(Error::InUse { path, process: process.trim().to_owned() });
             }
-            Err(error) => return Err(io("lock", &lock_path)(error.into())),
+            std::thread::sleep(LOCK_PAUSE);
         }
         lock.set_len(0)
             .and_then(|()| writeln!(lock, "{}", std::process::id()))

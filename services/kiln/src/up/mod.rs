@@ -26,7 +26,13 @@ use self::data_dir::DataDir;
 use self::ports::{Ports, reachable};
 use crate::config::Config;
 
-const ENDPOINTS: &str = "endpoints.json";
+pub(crate) use self::data_dir::LOCK;
+pub(crate) use self::nats::{SERVICES, SERVICES_PASSWORD};
+pub(crate) use self::programs::default_data_dir;
+pub(crate) use self::settings::complete_repositories;
+
+pub(crate) const ENDPOINTS: &str = "endpoints.json";
+pub(crate) const SEAL_KEY: &str = "seal.key";
 
 /// `kiln up`
 #[derive(Debug, clap::Args)]
@@ -121,7 +127,7 @@ async fn serve(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let fresh = OpenKey::new_seed().context("make the seal key")?;
-    let seed = data.secret("seal.key", || fresh)?;
+    let seed = data.secret(SEAL_KEY, || fresh)?;
     let config = settings::complete(config, options, data, backing, seed)?;
     let endpoints = endpoints(backing, &listeners)?;
     let announce = || {

@@ -16,6 +16,8 @@ use super::programs;
 
 /// The user of the services. All is permitted to it.
 pub(crate) const SERVICES: &str = "kiln";
+/// Where its password is kept.
+pub(crate) const SERVICES_PASSWORD: &str = "nats/services.password";
 /// The user of everyone else: it may read the stream of events.
 pub(crate) const SUBSCRIBER: &str = "subscriber";
 
@@ -90,7 +92,7 @@ impl Nats {
     pub(crate) async fn start(data: &DataDir, program: &Path, listen: SocketAddr) -> Result<Self, Error> {
         let folder = data.folder("nats")?;
         let passwords = Passwords {
-            services: data.secret("nats/services.password", random_secret)?,
+            services: data.secret(SERVICES_PASSWORD, random_secret)?,
             subscriber: data.secret("nats/subscriber.password", random_secret)?,
         };
         let config = config(listen, &data.folder("nats/store")?, &passwords);

@@ -32,17 +32,10 @@ pub(crate) fn complete(
     data.path().clone_into(&mut local.folder);
 
     let address = &backing.registry.address;
+    complete_repositories(&mut config, address);
     let gateway = config.gateway.get_or_insert_default();
     let resolver = config.resolver.get_or_insert_default();
     let orchestrator = config.orchestrator.get_or_insert_default();
-    for (repository, name) in [
-        (&mut orchestrator.base_image_repository, "base-images"),
-        (&mut orchestrator.workspace_image_repository, "workspace-images"),
-    ] {
-        if repository.is_empty() {
-            *repository = format!("{address}/{name}");
-        }
-    }
     if backing.registry.plain_http {
         for hosts in [&mut resolver.plain_http, &mut orchestrator.plain_http] {
             if !hosts.contains(address) {
@@ -57,4 +50,17 @@ pub(crate) fn complete(
     }
     let problems: Vec<Problem> = config.problems(&Role::ALL);
     if problems.is_empty() { Ok(config) } else { Err(Error::Wrong(problems)).context("kiln up") }
+}
+
+/// Where images are pushed to, unless the file says so.
+pub(crate) fn complete_repositories(config: &mut Config, registry: &str) {
+    let orchestrator = config.orchestrator.get_or_insert_default();
+    for (repository, name) in [
+        (&mut orchestrator.base_image_repository, "base-images"),
+        (&mut orchestrator.workspace_image_repository, "workspace-images"),
+    ] {
+        if repository.is_empty() {
+            *repository = format!("{registry}/{name}");
+        }
+    }
 }

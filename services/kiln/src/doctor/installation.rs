@@ -1,0 +1,164 @@
+//! Which installation is to be examined: by the configuration of its roles, or by the data directory of a `kiln up`.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kiln_chassis::config::Error;
+use kiln_domain::finding::Finding;
+use rustix::fs::{FlockOperation, flock};
+use serde::Deserialize;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::config::{Config, Engine};
+use crate::up;
+
+const PART: &str = "kiln up";
+const CONFIGURATION: &str = "configuration";
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// What is to be examined.
+pub(super) struct Installation {
+    pub(super) config: Config,
+    /// Whether its bus and registry are to be there.
+    pub(super) runs: bool,
+    /// What is to be said of the bus where it is not.
+    pub(super) away: Option<Finding>,
+    /// Where a `kiln up` says whether it is ready.
+    pub(super) health: Option<String>,
+    /// What was found on the way.
+    pub(super) findings: Vec<Finding>,
+}
+
+/// `endpoints.json`, as far as it matters here.
+#[derive(Deserialize)]
+struct Endpoints {
+    registry: String,
+    health: String,
+    nats: String,
+}
+
+impl Installation {
+    /// Finds it. The error says why it can't be known what to examine.
+    pub(super) fn find(config: Option<&Path>, data_dir: Option<PathBuf>) -> Result<Self, Finding> {
+        let default =
+            || up::default_data_dir().filter(|folder| config.is_none() && folder.join(up::LOCK).exists());
+        match data_dir.or_else(default) {
+            Some(folder) => Self::of_up(config, &folder),
+            None => {
+                let config = Config::load(config, &[]).map_err(|error| wrong(&error))?;
+                let says = format!("of roles, with NATS at {}", config.nats.url);
+                let findings = vec![Finding::ok(CONFIGURATION, says)];
+                Ok(Self { config, runs: true, away: None, health: None, findings })
+            }
+        }
+    }
+
+    fn of_up(config: Option<&Path>, folder: &Path) -> Result<Self, Finding> {
+        let mut config = Config::read(config).map_err(|error| wrong(&error))?;
+        let folder = folder.canonicalize().map_err(|error| no_data_dir(folder, &error.to_string()))?;
+        let lock =
+            File::open(folder.join(up::LOCK)).map_err(|error| no_data_dir(&folder, &error.to_string()))?;
+        let runs = flock(&lock, FlockOperation::NonBlockingLockShared).is_err();
+        drop(lock);
+        let Engine::Local(local) = &mut config.engine;
+        folder.clone_into(&mut local.folder);
+        if config.seal.seed.is_none() && config.seal.seed_file.is_none() {
+            config.seal.seed_file = Some(folder.join(up::SEAL_KEY)).filter(|file| file.exists());
+        }
+        let endpoints = match std::fs::read_to_string(folder.join(up::ENDPOINTS)) {
+            Ok(text) if runs => serde_json::from_str::<Endpoints>(&text).ok(),
+            _ => None,
+        };
+        let away = |says: &str| {
+            Finding::unchecked("nats", says.to_owned(), "ask again when `kiln up` says that it is ready")
+        };
+        let Some(endpoints) = endpoints else {
+            let says = format!("what is in {} is used by no process", folder.display());
+            let (found, away) = if runs {
+                let says = format!("it is starting or ending in {}", folder.display());
+                let remedy =
+                    format!("ask again; its messages tell what it waits for, and {}/logs", folder.display());
+                (Finding::warning(PART, says, remedy), away("it isn't known where it is"))
+            } else {
+                let remedy = format!("start it: kiln up --data-dir {}", folder.display());
+                (Finding::warning(PART, says, remedy), away("it runs only while `kiln up` does, and so do the registry and the services"))
+            };
+            return Ok(Self { config, runs: false, away: Some(away), health: None, findings: vec![found] });
+        };
+        use_endpoints(&mut config, &folder, &endpoints);
+        let findings = vec![Finding::ok(PART, format!("it runs in {}", folder.display()))];
+        Ok(Self { config, runs, away: None, health: Some(endpoints.health), findings })
+    }
+}
+
+/// As `kiln up` completes its configuration.
+fn use_endpoints(config: &mut Config, folder: &Path, endpoints: &Endpoints) {
+    let nats = &endpoints.nats;
+    // The URL is that of the user who may read events.
+    config.nats.url = match (nats.split_once("://"), nats.rsplit_once('@')) {
+        (Some((scheme, _)), Some((_, address))) => format!("{scheme}://{address}"),
+        _ => nats.clone(),
+    };
+    let password = folder.join(up::SERVICES_PASSWORD);
+    if nats.contains('@') && password.exists() {
+        config.nats.user = Some(up::SERVICES.to_owned());
+        config.nats.password = None;
+        config.nats.password_file = Some(password);
+    }
+    up::complete_repositories(config, &endpoints.registry);
+}
+
+/// Whether a `kiln up` says that it is ready: of its gateway nothing is seen on the bus.
+pub(super) async fn ready(health: Option<String>, runs: bool) -> Option<Finding> {
+    const PART: &str = "gateway";
+    let Some(address) = health else {
+        return runs.then(|| Finding::unchecked(
+            PART,
+            "gateways aren't seen on the bus",
+            "`kiln ps --addr HOST:PORT` asks one",
+        ));
+    };
+    let asked = async {
+        let mut stream = TcpStream::connect(&address).await?;
+        let question = format!("GET /ready HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+        stream.write_all(question.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.take(16 << 10).read_to_string(&mut answer).await?;
+        std::io::Result::Ok(answer)
+    };
+    let answer = tokio::time::timeout(ANSWER, asked).await.unwrap_or_else(|late| Err(late.into()));
+    Some(match answer {
+        Ok(answer) if answer.starts_with("HTTP/1.1 200") => {
+            Finding::ok(PART, format!("ready, says {address}/ready"))
+        }
+        Ok(answer) => {
+            let says = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body).trim().to_owned();
+            Finding::problem(
+                PART,
+                format!("not ready: {says}"),
+                "it becomes so by itself once the bus answers; see its messages",
+            )
+        }
+        Err(error) => Finding::problem(PART, format!("{address}: {error}"), "see the messages of `kiln up`"),
+    })
+}
+
+fn no_data_dir(folder: &Path, why: &str) -> Finding {
+    Finding::problem(
+        PART,
+        format!("{} is no data directory of `kiln up` that can be read: {why}", folder.display()),
+        "give by --data-dir what `kiln up` was given, and run this as the user who ran it",
+    )
+}
+
+fn wrong(error: &Error) -> Finding {
+    let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
+    let text = std::iter::once(error.to_string()).chain(causes.map(ToString::to_string)).collect::<Vec<_>>();
+    Finding::problem(
+        CONFIGURATION,
+        format!("{}; nothing else was examined", text.join(": ")),
+        "mend it: `kiln check-config FILE` names each problem by its key",
+    )
+}
