@@ -83,7 +83,10 @@ impl Installation {
                 (Finding::warning(PART, says, remedy), away("it isn't known where it is"))
             } else {
                 let remedy = format!("start it: kiln up --data-dir {}", folder.display());
-                (Finding::warning(PART, says, remedy), away("it runs only while `kiln up` does, and so do the registry and the services"))
+                (
+                    Finding::warning(PART, says, remedy),
+                    away("it runs only while `kiln up` does, and so do the registry and the services"),
+                )
             };
             return Ok(Self { config, runs: false, away: Some(away), health: None, findings: vec![found] });
         };
@@ -114,11 +117,9 @@ fn use_endpoints(config: &mut Config, folder: &Path, endpoints: &Endpoints) {
 pub(super) async fn ready(health: Option<String>, runs: bool) -> Option<Finding> {
     const PART: &str = "gateway";
     let Some(address) = health else {
-        return runs.then(|| Finding::unchecked(
-            PART,
-            "gateways aren't seen on the bus",
-            "`kiln ps --addr HOST:PORT` asks one",
-        ));
+        return runs.then(|| {
+            Finding::unchecked(PART, "gateways aren't seen on the bus", "`kiln ps --addr HOST:PORT` asks one")
+        });
     };
     let asked = async {
         let mut stream = TcpStream::connect(&address).await?;

@@ -4,6 +4,8 @@ mod cli;
 #[cfg(test)]
 mod configuration;
 #[cfg(test)]
+mod doctor;
+#[cfg(test)]
 mod roles;
 #[cfg(test)]
 mod running;

@@ -1,12 +1,16 @@
 //! Builders that die, and builders that won't.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use kiln_domain::engine::{Cursor, Engine, EngineError, Observed};
 use kiln_domain::id::RunId;
+use kiln_domain::run::{RunSecrets, RunSpec, Work};
 use kiln_domain::run_folder;
+use kiln_engine_local::LocalEngine;
 use kiln_testkit::engine_conformance::{ENDLESS, Job, Place};
+use kiln_testkit::wire::Wire;
 use kiln_testkit::workshop::until;
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -117,4 +121,127 @@ async fn a_builder_sees_nothing_of_its_parents_environment_and_secrets_are_priva
     until("it ends", || Ok(processes(&place, &spec.run)?.is_empty())).await?;
     ensure!(!folder.join(run_folder::SECRETS).exists(), "the secrets are left");
     Ok(())
+}
+
+/// Where a builder is when it is killed.
+#[derive(Clone, Copy, Debug)]
+enum Phase {
+    Fetch,
+    Step,
+    Commit,
+    Push,
+}
+
+/// A job that stays in a phase, and what its output says once it is there.
+fn staying_in(place: &LocalPlace, wire: &Wire, phase: Phase) -> Result<(RunSpec, &'static str)> {
+    let (mut spec, _) = place.job(if matches!(phase, Phase::Step) { Job::Endless } else { Job::Succeeds })?;
+    let Work::Build { source, base_ref, .. } = &mut spec.work else { bail!("no build") };
+    let said = match phase {
+        Phase::Fetch => {
+            source.remote_uri = format!("http://{}/team/app.git", wire.address());
+            "fetching"
+        }
+        Phase::Step => ENDLESS,
+        Phase::Commit => {
+            source.path = "large".into();
+            "all is written"
+        }
+        Phase::Push => {
+            *base_ref = format!("{}/base:x", wire.address()).parse()?;
+            "pushing"
+        }
+    };
+    Ok((spec, said))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_left_of_a_builder_that_was_killed_wherever_it_was() -> Result<()> {
+    let place = LocalPlace::new().await?.with_grace(Duration::from_millis(500));
+    // It takes connections, and no answer ever comes back.
+    let wire = Wire::to(place.workshop.registry.address()).await?;
+    wire.lose_answers();
+    let engine = place.local();
+    let temporary = temporary_files();
+    for phase in [Phase::Fetch, Phase::Step, Phase::Commit, Phase::Push] {
+        for with_its_tools in [false, true] {
+            let (spec, said) = staying_in(&place, &wire, phase)?;
+            let handle = engine.start(&spec, &RunSecrets::default()).await?;
+            let output = place.workshop.runs().join(spec.run.as_str()).join(run_folder::OUTPUT);
+            let line = format!("\n{said}");
+            let lines = [line.clone(), line.replace('\n', "\nkiln: ")];
+            let there = || {
+                let output = std::fs::read_to_string(&output).unwrap_or_default();
+                Ok(lines.iter().any(|line| output.contains(line)))
+            };
+            until(&format!("{phase:?}"), there).await?;
+            signal_builder(&place, &spec.run, Signal::KILL)?;
+            if with_its_tools {
+                kill_all(&place, &spec.run)?;
+            }
+            let ended = tokio::time::timeout(LONG, engine.ended(&spec.run, &handle)).await??;
+            ensure!(ended.outcome.is_none() && ended.recorded.is_none(), "{phase:?}: it left {ended:?}");
+            if matches!(phase, Phase::Step) {
+                // Whoever removes it dies at that, and so does the builder that clears up.
+                let begun = engine.remove(&spec.run);
+                let _ = tokio::time::timeout(Duration::from_millis(20), begun).await;
+                kill_all(&place, &spec.run)?;
+                until("its end", || Ok(processes(&place, &spec.run)?.is_empty())).await?;
+            }
+            until_removed(&engine, &spec.run).await?;
+            let left = place.left(&spec.run)?;
+            ensure!(left.is_empty(), "{phase:?}, with its tools {with_its_tools}: left {left:?}");
+            let noted = notes_of_containers(&place)?;
+            ensure!(noted.is_empty(), "{phase:?}, with its tools {with_its_tools}: {noted:?}");
+        }
+    }
+    let left: Vec<_> = temporary_files().difference(&temporary).cloned().collect();
+    ensure!(left.is_empty(), "{left:?}");
+    engine.close().await;
+    Ok(())
+}
+
+fn kill_all(place: &LocalPlace, run: &RunId) -> Result<()> {
+    for (pid, _) in processes(place, run)? {
+        // One that has ended by itself is as good.
+        let _ = kill_process(Pid::from_raw(pid).context("pid")?, Signal::KILL);
+    }
+    Ok(())
+}
+
+/// As an orchestrator does, which asks again for what could not be removed.
+async fn until_removed(engine: &LocalEngine, run: &RunId) -> Result<()> {
+    let removing = async {
+        while let Err(error) = engine.remove(run).await {
+            ensure!(matches!(error, EngineError::Unavailable(_)), "{error}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    };
+    tokio::time::timeout(LONG, removing).await.context("it can't be removed")?
+}
+
+/// What the build tool noted of containers for this boot.
+fn notes_of_containers(place: &LocalPlace) -> Result<Vec<String>> {
+    let storage = place.workshop.settings().storage.join("buildah");
+    let mut notes = Vec::new();
+    for run_root in std::fs::read_dir(storage).into_iter().flatten().flatten() {
+        let folder = run_root.path().join("overlay-containers");
+        for note in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            if run_root.file_name() != "root" && note.file_type()?.is_dir() {
+                notes.push(note.path().display().to_string());
+            }
+        }
+    }
+    Ok(notes)
+}
+
+/// Where the build tool puts files unless it is told otherwise.
+fn temporary_files() -> BTreeSet<String> {
+    let all = std::fs::read_dir("/var/tmp").into_iter().flatten().flatten();
+    let names = all.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names
+        .filter(|name| {
+            name.starts_with("buildah") || name.starts_with("storage") || name.starts_with("container")
+        })
+        .collect()
 }

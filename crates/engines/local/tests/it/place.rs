@@ -33,6 +33,8 @@ impl LocalPlace {
             &[
                 ("good", &run("/bin/busybox seq 1 100")),
                 ("bad", &run("exit 9")),
+                // To make a layer of it takes longer than to write it.
+                ("large", &run("/bin/busybox head -c 400000000 /dev/urandom > /large; echo all is written")),
                 // It starts a process that leaves its parent, and takes no notice of a polite request.
                 ("endless", &run(&format!("trap '' TERM; (/bin/busybox setsid /bin/busybox sleep 3600 &); echo {ENDLESS}; while true; do /bin/busybox sleep 1; done"))),
             ],
