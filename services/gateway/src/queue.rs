@@ -91,3 +91,53 @@ fn places(view: &View) -> HashMap<BuildId, usize> {
     let in_turn = order.into_iter().filter_map(|(place, _)| waiting.get(place));
     in_turn.enumerate().map(|(ahead, entry)| (entry.record.id.clone(), ahead)).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use kiln_bus::Connect;
+    use kiln_bus::journal::Journal;
+    use kiln_bus::layout::Layout;
+    use kiln_domain::id::InstanceId;
+    use kiln_domain::transition::Change;
+    use kiln_testkit::{nats, records};
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(20);
+
+    #[tokio::test]
+    async fn places_follow_the_turns_and_who_waits_hears_of_it() {
+        let server = nats::run_server().await.unwrap();
+        let connect = Connect { url: server.url(), user: None, password: None, name: "test".into() };
+        let bus = connect.connect().await.unwrap();
+        let layout = Layout { journal_max_bytes: 64 << 20, logs_max_bytes: 64 << 20, ..Layout::default() };
+        bus.provision(&layout).await.unwrap();
+        let journal = Journal::open(&bus).await.unwrap();
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        let view = View::start(&bus, 10, &tasks, &stop);
+        let by = InstanceId::new("orchestrator", 1).unwrap();
+        let mut entries = Vec::new();
+        for (n, owner) in [(0, "ann"), (1, "ann"), (2, "ann"), (3, "bob")] {
+            let mut record = records::queued(&n.to_string(), [n; 10]).unwrap();
+            record.owner = owner.into();
+            entries.push(journal.append(None, &Change::Queued(Box::new(record)), &by).await.unwrap());
+        }
+        let claim = async |entry: &Entry| {
+            let claimed =
+                journal.append(Some(entry), &Change::Claimed { by: by.clone() }, &by).await.unwrap();
+            assert!(view.reached(claimed.sequence, SOON).await);
+            claimed
+        };
+        entries[0] = claim(&entries[0]).await;
+        let queue = Queue::start(&view, &tasks, &stop);
+        let ahead = |entries: &[Entry]| entries.iter().map(|entry| queue.ahead(entry)).collect::<Vec<_>>();
+        // One of ann's has its slot, so bob, who came last, is next.
+        assert_eq!(ahead(&entries), [0, 1, 2, 0]);
+        let mut changes = queue.changes();
+        entries[3] = claim(&entries[3]).await;
+        let heard = changes.wait_for(|places| places.get(&entries[1].record.id) == Some(&0));
+        tokio::time::timeout(SOON, heard).await.expect("it hears of its new place").unwrap();
+        assert_eq!(ahead(&entries), [0, 0, 1, 0]);
+        stop.cancel();
+    }
+}
