@@ -16,11 +16,15 @@ use crate::leftovers;
 /// How long a program may take to say its version.
 const VERSION: Duration = Duration::from_secs(5);
 
+const NAMESPACES: &str = "without root this needs user namespaces (`sysctl user.max_user_namespaces`, and \
+     kernel.unprivileged_userns_clone or AppArmor's kernel.apparmor_restrict_unprivileged_userns), newuidmap (`apt install \
+     uidmap`) and lines for this user in /etc/subuid and /etc/subgid";
+
 /// The programs that a builder runs, and whether the build tool can stack layers in `settings.storage`.
 pub async fn tools(settings: &Settings) -> Vec<Finding> {
-    let (git, buildah, isolation, storage) =
-        tokio::join!(git(), buildah(), isolation(settings), storage(settings));
-    vec![git, buildah, isolation, storage]
+    let (git, buildah, user, isolation, storage) =
+        tokio::join!(git(), buildah(), user(), isolation(settings), storage(settings));
+    vec![git, buildah, user, isolation, storage]
 }
 
 async fn git() -> Finding {
@@ -43,6 +47,31 @@ async fn buildah() -> Finding {
             "install it on the engine's host (`apt install buildah`), on the PATH of the orchestrators there",
         ),
     }
+}
+
+/// Steps need user ids of their own, which root has, and others are lent. buildah warns of a lack and goes on, to fail at
+/// the first RUN.
+async fn user() -> Finding {
+    const PART: &str = "user ids";
+    if geteuid().is_root() {
+        return Finding::ok(PART, "root has all of them");
+    }
+    let mut command = Command::new("buildah");
+    command.args(["unshare", "cat", "/proc/self/uid_map"]);
+    match output(command).await.map(|map| mapped(&map)) {
+        Ok(many) if many > 1 => Finding::ok(PART, format!("{many} are lent to this user")),
+        Ok(_) => Finding::problem(
+            PART,
+            "none are lent to this user, so steps that run something fail",
+            "as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER, and `apt install uidmap`; or run the orchestrator as root",
+        ),
+        Err(error) => Finding::problem(PART, format!("a user namespace can't be made: {error}"), NAMESPACES),
+    }
+}
+
+/// How many ids a uid_map maps: user_namespaces(7), the third number of each line.
+fn mapped(map: &str) -> u64 {
+    map.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok()).sum()
 }
 
 /// Only two of the kinds of isolation run another program.
@@ -95,9 +124,7 @@ async fn storage(settings: &Settings) -> Finding {
             let user = if geteuid().is_root() {
                 "see whether this kernel has overlayfs (`modprobe overlay`)"
             } else {
-                "without root this needs user namespaces (`sysctl user.max_user_namespaces`, and kernel.unprivileged_userns_clone or \
-                 AppArmor's kernel.apparmor_restrict_unprivileged_userns), newuidmap (`apt install uidmap`) and lines for this user in \
-                 /etc/subuid and /etc/subgid"
+                NAMESPACES
             };
             Finding::problem(
                 PART,
@@ -207,6 +234,22 @@ async fn output(mut command: Command) -> Result<String, String> {
             let errors = String::from_utf8_lossy(&ended.stderr);
             let first = errors.lines().next().unwrap_or_default().trim();
             Err(if first.is_empty() { ended.status.to_string() } else { first.to_owned() })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lent_ids_are_counted() {
+        for (map, many) in [
+            ("         0      65534          1\n", 1),
+            ("         0       1000          1\n         1     100000      65536\n", 65_537),
+            ("", 0),
+        ] {
+            assert_eq!(mapped(map), many, "{map:?}");
         }
     }
 }
