@@ -114,7 +114,8 @@ fn parse(text: &str) -> Result<ImageReference, &'static str> {
         Some((host, path)) if host.contains(['.', ':']) || host == "localhost" => (host, path),
         _ => (HUB, name),
     };
-    if registry != HUB && !is_host(registry) {
+    // The expression also takes for a path's first component, `_` and all, what is then split off as a host.
+    if registry != HUB && !is_host(registry) && !is_component(registry) {
         return Err(FORMAT);
     }
     if !path.split('/').all(is_component) {
@@ -275,6 +276,7 @@ mod tests {
             ("registry-1.docker.io/ubuntu:1", "docker.io/library/ubuntu:1"),
             ("registry-1.docker.io/a/b", "docker.io/a/b:latest"),
             ("localhost/x", "localhost/x:latest"),
+            ("my_registry.lan/x", "my_registry.lan/x:latest"),
             ("127.0.0.1:5000/a/b/c:t", "127.0.0.1:5000/a/b/c:t"),
         ] {
             assert_eq!(written.parse::<ImageReference>().unwrap().to_string(), normal, "{written}");
