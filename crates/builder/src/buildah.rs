@@ -27,7 +27,6 @@ pub(crate) use self::storage::{Storage, boot_id};
 use crate::children::{Children, Show};
 use crate::folder::write_private;
 use crate::memory::Memory;
-
 use crate::tool::{BuildRequest, BuildTool, Built, ToolError};
 
 /// The longest argument that Linux takes.

@@ -22,30 +22,27 @@ const NAMESPACES: &str = "without root this needs user namespaces (`sysctl user.
 
 /// The programs that a builder runs, and whether the build tool can stack layers in `settings.storage`.
 pub async fn tools(settings: &Settings) -> Vec<Finding> {
-    let (git, buildah, user, isolation, storage) =
-        tokio::join!(git(), buildah(), user(), isolation(settings), storage(settings));
+    let (git, buildah, user, isolation, storage) = tokio::join!(
+        program(
+            "git",
+            "install git on every host of a resolver or a builder (`apt install git`), on the PATH of the roles",
+        ),
+        program(
+            "buildah",
+            "install it on the engine's host (`apt install buildah`), on the PATH of the orchestrators there",
+        ),
+        user(),
+        isolation(settings),
+        storage(settings),
+    );
     vec![git, buildah, user, isolation, storage]
 }
 
-async fn git() -> Finding {
-    match first_line("git", "--version").await {
-        Ok(says) => Finding::ok("git", says),
-        Err(error) => Finding::problem(
-            "git",
-            error,
-            "install git on every host of a resolver or a builder (`apt install git`), on the PATH of the roles",
-        ),
-    }
-}
-
-async fn buildah() -> Finding {
-    match first_line("buildah", "--version").await {
-        Ok(says) => Finding::ok("buildah", says),
-        Err(error) => Finding::problem(
-            "buildah",
-            error,
-            "install it on the engine's host (`apt install buildah`), on the PATH of the orchestrators there",
-        ),
+/// Whether a program is there, by what it says of its version.
+async fn program(name: &str, remedy: &str) -> Finding {
+    match first_line(name, "--version").await {
+        Ok(says) => Finding::ok(name, says),
+        Err(error) => Finding::problem(name, error, remedy),
     }
 }
 

@@ -146,7 +146,8 @@ impl InstanceId {
     }
 }
 
-fn is_hex(byte: u8) -> bool {
+/// A hex digit as Kiln and registries write it: lower case.
+pub(crate) fn is_hex(byte: u8) -> bool {
     byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte)
 }
 

@@ -193,6 +193,11 @@ impl Record {
         RunId::new(&self.id, self.attempt)
     }
 
+    /// Whether it waits for a slot; one that is claimed has it, though it may not run yet.
+    pub fn waits(&self) -> bool {
+        self.state == State::Queued && self.claimed_by.is_none()
+    }
+
     pub fn timeout(&self) -> Duration {
         Duration::from_millis(self.timeout_ms)
     }

@@ -6,6 +6,8 @@ use std::str::FromStr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::id::is_hex;
+
 /// A parsed reference in Docker's normal form: `ubuntu` is `docker.io/library/ubuntu:latest`.
 ///
 /// Grammar and normal form are those of <https://github.com/distribution/reference>.
@@ -94,7 +96,7 @@ fn parse(text: &str) -> Result<ImageReference, &'static str> {
         Some((named, digest)) => (named, Some(digest)),
         None => (text, None),
     };
-    if named.len() == 64 && named.bytes().all(is_lower_hex) {
+    if named.len() == 64 && named.bytes().all(is_hex) {
         return Err("64 hex digits are an image's id, not its name");
     }
     // A colon after the last slash is the tag's; one before it is a port's.
@@ -139,10 +141,6 @@ fn parse(text: &str) -> Result<ImageReference, &'static str> {
         tag: tag.map(ToOwned::to_owned),
         digest: digest.map(ToOwned::to_owned),
     })
-}
-
-fn is_lower_hex(byte: u8) -> bool {
-    byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte)
 }
 
 /// `[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127}`

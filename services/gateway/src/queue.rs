@@ -8,7 +8,6 @@ use kiln_bus::journal::Entry;
 use kiln_bus::view::View;
 use kiln_domain::id::BuildId;
 use kiln_domain::queue::turns;
-use kiln_domain::record::{Record, State};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -40,7 +39,7 @@ impl Queue {
 
     /// How many of the waiting builds get a slot before this one, as things stand; 0 for one that doesn't wait.
     pub(crate) fn ahead(&self, entry: &Entry) -> usize {
-        if !waits(&entry.record) {
+        if !entry.record.waits() {
             return 0;
         }
         let known = self.places.borrow().get(&entry.record.id).copied();
@@ -77,14 +76,9 @@ impl Queue {
     }
 }
 
-/// Whether a build waits for a slot; one that is claimed has it, though it may not run yet.
-pub(crate) fn waits(record: &Record) -> bool {
-    record.state == State::Queued && record.claimed_by.is_none()
-}
-
 fn places(view: &View) -> HashMap<BuildId, usize> {
     let active = view.active();
-    let (waiting, others): (Vec<_>, Vec<_>) = active.iter().partition(|entry| waits(&entry.record));
+    let (waiting, others): (Vec<_>, Vec<_>) = active.iter().partition(|entry| entry.record.waits());
     let claimed = others.iter().filter(|entry| entry.record.claimed_by.is_some());
     let owners: Vec<&str> = waiting.iter().map(|entry| entry.record.owner.as_str()).collect();
     let order = turns(&owners, claimed.map(|entry| entry.record.owner.as_str()));

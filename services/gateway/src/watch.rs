@@ -15,7 +15,7 @@ use tonic::Status;
 
 use crate::builds::{BuildsApi, until_stopped};
 use crate::convert;
-use crate::queue::{Queue, waits};
+use crate::queue::Queue;
 
 /// Where a watcher is.
 struct Watch {
@@ -83,7 +83,7 @@ impl Watch {
                         return None;
                     }
                 }
-                changed = self.places.changed(), if waits(&self.sent.record) => {
+                changed = self.places.changed(), if self.sent.record.waits() => {
                     if changed.is_err() {
                         return None;
                     }

@@ -185,8 +185,7 @@ fn of_active(entry: &Entry, live: &BTreeSet<InstanceId>, now: Timestamp) -> Opti
             format!("see the log of the orchestrator for it; `kiln cancel {id}` asks again that it stop"),
         ));
     }
-    let waits = record.state == State::Queued && record.claimed_by.is_none();
-    let limit = record.queue_deadline().filter(|_| waits && record.started_at.is_none());
+    let limit = record.queue_deadline().filter(|_| record.waits() && record.started_at.is_none());
     if let Some(late) = limit.map(|at| since(at, now)).filter(|late| *late > PAST_DEADLINE) {
         return Some(Finding::problem(
             BUILDS,

@@ -36,7 +36,7 @@ impl Answer {
     pub(super) fn stands(&self, found: &Found) -> Stands {
         let Some(builds) = &self.builds else { return Stands::NotAsked };
         let settled =
-            |since: Timestamp| now().duration_since(since) > jiff::SignedDuration::from_secs(5 * 60);
+            |since: Timestamp| Duration::try_from(now().duration_since(since)).is_ok_and(|age| age > SETTLED);
         match builds.standing(&found.run.build()) {
             Some(Standing::Over { since }) if settled(since) => Stands::Over,
             Some(Standing::Unknown) if found.age > SETTLED => Stands::Unknown,

@@ -61,10 +61,12 @@ pub(crate) async fn run(options: Options) -> ExitCode {
         // What is to be examined isn't known.
         Err(finding) => vec![finding],
     };
-    let worst = findings.iter().map(|finding| finding.verdict).max();
     // Who stopped reading has seen what they wanted.
     let _unread = report::write(&findings, format);
-    if worst == Some(Verdict::Problem) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    match report::worst(&findings) {
+        Verdict::Problem => ExitCode::FAILURE,
+        Verdict::Ok | Verdict::Unchecked | Verdict::Warning => ExitCode::SUCCESS,
+    }
 }
 
 async fn examine(installation: Installation, fix: bool) -> Vec<Finding> {

@@ -33,13 +33,18 @@ pub(super) fn write(findings: &[Finding], format: Format) -> io::Result<()> {
     out.flush()
 }
 
+/// The worst of the verdicts.
+pub(super) fn worst(findings: &[Finding]) -> Verdict {
+    findings.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok)
+}
+
 fn count(findings: &[Finding], verdict: Verdict) -> usize {
     findings.iter().filter(|finding| finding.verdict == verdict).count()
 }
 
 fn json(findings: &[Finding]) -> io::Result<String> {
     let summary = Line::Summary {
-        verdict: findings.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok),
+        verdict: worst(findings),
         ok: count(findings, Verdict::Ok),
         unchecked: count(findings, Verdict::Unchecked),
         warnings: count(findings, Verdict::Warning),

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
 
@@ -49,12 +49,19 @@ fn has(bad: &[(String, String, String)], verdict: &str, part: &str, says: &str) 
     bad.iter().any(|(v, p, s)| v == verdict && p == part && s.contains(says))
 }
 
+/// A data directory to be made in `folder`, and a configuration of small streams for it.
+fn small(folder: &Path) -> (PathBuf, String) {
+    let config = folder.join("kiln.json");
+    fs::write(&config, SMALL).expect("written");
+    (folder.join("data"), config.to_str().expect("UTF-8").to_owned())
+}
+
 fn run_id(image: &str) -> RunId {
     RunId::new(&BuildId::new(&ImageKey::of(image), *b"0123456789"), 1)
 }
 
 /// A run's folder as a builder leaves it, last written ten minutes ago.
-fn left_run(data: &Path, run: &RunId) -> std::path::PathBuf {
+fn left_run(data: &Path, run: &RunId) -> PathBuf {
     let folder = data.join("runs").join(run.as_str());
     fs::create_dir_all(folder.join(run_folder::WORK)).expect("made");
     let old = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
@@ -67,10 +74,8 @@ fn left_run(data: &Path, run: &RunId) -> std::path::PathBuf {
 #[test]
 fn of_an_installation_that_is_well_all_is_well_and_no_secret_is_told() {
     let folder = tempfile::tempdir().expect("a folder");
-    let data = folder.path().join("data");
-    let config = folder.path().join("kiln.json");
-    fs::write(&config, SMALL).expect("written");
-    let (at, config) = (data.to_str().expect("UTF-8"), config.to_str().expect("UTF-8"));
+    let (data, config) = small(folder.path());
+    let (at, config) = (data.to_str().expect("UTF-8"), config.as_str());
     let mut up = Up::start_with(&data, &["--config", config]);
     let asked = ["--data-dir", at, "--config", config];
     let (status, findings) = doctor(&asked, &[]);
@@ -136,10 +141,8 @@ fn of_an_installation_that_is_well_all_is_well_and_no_secret_is_told() {
 #[test]
 fn what_is_left_of_runs_is_listed_and_removed() {
     let folder = tempfile::tempdir().expect("a folder");
-    let data = folder.path().join("data");
-    let config = folder.path().join("kiln.json");
-    fs::write(&config, SMALL).expect("written");
-    let (at, config) = (data.to_str().expect("UTF-8"), config.to_str().expect("UTF-8"));
+    let (data, config) = small(folder.path());
+    let (at, config) = (data.to_str().expect("UTF-8"), config.as_str());
     let asked = ["--data-dir", at, "--config", config];
     let up = Up::start_with(&data, &["--config", config]);
 
