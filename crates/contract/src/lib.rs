@@ -4,6 +4,7 @@
 //! service's. Values of `domain` travel in their one serialised form, the JSON of the events.
 
 pub mod bucket;
+pub mod cache_warmer;
 pub mod error;
 pub mod event;
 pub mod header;

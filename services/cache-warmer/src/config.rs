@@ -21,11 +21,29 @@ pub struct Config {
     pub keep_younger_than_seconds: u64,
     /// How long a resolver may take to answer.
     pub timeout_seconds: u64,
+    /// Of the images that builds used, so many are kept warm beside the list: the most used ones; 0 keeps none. Each replica
+    /// finds the same ones in the journal.
+    pub used_images: usize,
+    /// A build's use of an image weighs half as much after so long.
+    pub used_half_life_seconds: u64,
+    /// How often it is looked which images builds used.
+    pub used_interval_seconds: u64,
+    /// Answers of one registry that this process has refreshed in a minute, at most. A refresh is mostly one HEAD.
+    pub refreshes_per_minute: u32,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { refs: Vec::new(), interval_seconds: 8, keep_younger_than_seconds: 28, timeout_seconds: 25 }
+        Self {
+            refs: Vec::new(),
+            interval_seconds: 8,
+            keep_younger_than_seconds: 28,
+            timeout_seconds: 25,
+            used_images: 20,
+            used_half_life_seconds: 24 * 60 * 60,
+            used_interval_seconds: 60,
+            refreshes_per_minute: 120,
+        }
     }
 }
 
@@ -44,8 +62,15 @@ impl Config {
         if self.keep_younger_than_seconds <= self.interval_seconds {
             problems.push("keep_younger_than_seconds: must be above interval_seconds".into());
         }
-        if self.timeout_seconds == 0 {
-            problems.push("timeout_seconds: must be at least 1".into());
+        for (key, value) in [
+            ("timeout_seconds", self.timeout_seconds),
+            ("used_half_life_seconds", self.used_half_life_seconds),
+            ("used_interval_seconds", self.used_interval_seconds),
+            ("refreshes_per_minute", self.refreshes_per_minute.into()),
+        ] {
+            if value == 0 {
+                problems.push(format!("{key}: must be at least 1"));
+            }
         }
         problems
     }
@@ -56,6 +81,14 @@ impl Config {
 
     pub(crate) fn keep_younger_than(&self) -> Duration {
         Duration::from_secs(self.keep_younger_than_seconds)
+    }
+
+    pub(crate) fn used_half_life(&self) -> Duration {
+        Duration::from_secs(self.used_half_life_seconds)
+    }
+
+    pub(crate) fn used_interval(&self) -> Duration {
+        Duration::from_secs(self.used_interval_seconds)
     }
 
     pub(crate) fn timeout(&self) -> Duration {

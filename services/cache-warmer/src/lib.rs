@@ -1,23 +1,36 @@
-//! The cache-warmer: sees to it that the resolver answers a list of images from its cache.
+//! The cache-warmer: sees to it that the resolver answers from its cache for a list of images, and for those that builds
+//! used most of late.
 //!
-//! - *I am asked* nothing.
-//! - *I ask* the resolver for each image of the list, and to refresh an answer that is about to become too old.
+//! - *I am asked* which images are kept warm.
+//! - *I hear* from the journal which images builds used.
+//! - *I ask* the resolver for each image, and to refresh an answer that is about to become too old.
 //! - *I tell* the metrics how old each answer is, and how often there was none.
 //! - *I never* speak to a registry. Any number of me may run: whoever finds an answer too old refreshes it, and the others
 //!   find it young.
 
+mod budget;
+mod choice;
 mod config;
 mod metrics;
+mod shelf;
+mod used;
 mod warm;
 
+use anyhow::Context as _;
 use kiln_bus::Bus;
+use kiln_bus::serve::Server;
+use kiln_bus::view::View;
+use kiln_contract::cache_warmer::ListWarm;
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::budget::Budget;
+use crate::choice::{BUILDS_LOOKED_AT, Choice};
 pub use crate::config::Config;
 use crate::metrics::Metrics;
-use crate::warm::Warm;
+use crate::shelf::Shelf;
+use crate::warm::Means;
 
 /// The role's name.
 pub const ROLE: &str = "cache-warmer";
@@ -43,15 +56,22 @@ pub async fn run(
         problems.join("; ")
     );
     let Parts { bus, metrics: mut counted } = parts;
-    let (metrics, tasks) = (Metrics::register(&mut counted), TaskTracker::new());
-    let count = u32::try_from(config.refs.len()).unwrap_or(u32::MAX);
-    for (place, reference) in (0..).zip(&config.refs) {
-        let image = Warm::new(&config, reference, &bus, &metrics);
-        tasks.spawn(stop.clone().run_until_cancelled_owned(image.keep(place, count)));
-    }
-    tasks.close();
+    let means = Means {
+        metrics: Metrics::register(&mut counted),
+        shelf: Shelf::default(),
+        budget: Budget::new(config.refreshes_per_minute),
+        bus: bus.clone(),
+    };
+    let (tasks, ended) = (TaskTracker::new(), CancellationToken::new());
+    let view = View::start(&bus, BUILDS_LOOKED_AT, &tasks, &ended);
+    let server = Server::start(&bus, ROLE, &mut counted).await.context("serve")?;
+    let shelf = means.shelf.clone();
+    server.answer(move |_: ListWarm| std::future::ready(Ok(shelf.list()))).await.context("serve")?;
     ready(counted);
-    stop.cancelled().await;
+    Choice::new(&config, &means).keep(&view, &stop).await;
+    server.drain().await;
+    ended.cancel();
+    tasks.close();
     tasks.wait().await;
     Ok(())
 }

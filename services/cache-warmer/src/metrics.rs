@@ -18,17 +18,32 @@ pub(crate) struct Metrics {
     pub(crate) age: Family<Image, Gauge<f64, AtomicU64>>,
     pub(crate) refreshed: Family<Image, Counter>,
     pub(crate) failed: Family<Image, Counter>,
+    pub(crate) over_budget: Family<Image, Counter>,
 }
 
 impl Metrics {
     pub(crate) fn register(registry: &mut Registry) -> Self {
-        let metrics =
-            Self { age: Family::default(), refreshed: Family::default(), failed: Family::default() };
+        let metrics = Self {
+            age: Family::default(),
+            refreshed: Family::default(),
+            failed: Family::default(),
+            over_budget: Family::default(),
+        };
         let age = "Age of the resolver's answer, at the last look";
-        registry.register_with_unit("cache_warmer_age", age, Unit::Seconds, metrics.age.clone());
+        registry.register_with_unit("refs_age", age, Unit::Seconds, metrics.age.clone());
         registry.register("refs_refreshed", "Answers refreshed", metrics.refreshed.clone());
         let failed = "Looks that found no answer, or a stale one";
         registry.register("refs_failed", failed, metrics.failed.clone());
+        let over_budget = "Answers left to become older, as their registry's budget was used up";
+        registry.register("refs_over_budget", over_budget, metrics.over_budget.clone());
         metrics
+    }
+
+    /// Of an image that is no longer kept warm nothing is counted: the set of labels stays bounded.
+    pub(crate) fn forget(&self, image: &Image) {
+        self.age.remove(image);
+        self.refreshed.remove(image);
+        self.failed.remove(image);
+        self.over_budget.remove(image);
     }
 }

@@ -10,6 +10,7 @@ use kiln_bus::journal::{Entry, Journal};
 use kiln_bus::logs::{LogError, Logs, Start, Until};
 use kiln_bus::seal::SealKey;
 use kiln_bus::view::View;
+use kiln_contract::cache_warmer::ListWarm;
 use kiln_contract::orchestrator as ask;
 use kiln_contract::resolver::ResolveImage;
 use kiln_contract::secrets::Secrets;
@@ -167,6 +168,21 @@ impl Builds for BuildsApi {
                     status::of(&refusal)
                 })?;
                 Ok(api::ResolveBaseImageResponse { r#ref: answer.reference, stale: answer.stale })
+            })
+            .await
+    }
+
+    async fn list_warm_images(
+        &self,
+        request: Request<api::ListWarmImagesRequest>,
+    ) -> Result<Response<api::ListWarmImagesResponse>, Status> {
+        self.metrics
+            .call("ListWarmImages", request, async |_| {
+                let list =
+                    self.bus.ask(&ListWarm {}, PATIENCE).await.map_err(|refusal| status::of(&refusal))?;
+                Ok(api::ListWarmImagesResponse {
+                    images: list.images.into_iter().map(convert::warm_image).collect(),
+                })
             })
             .await
     }

@@ -1,7 +1,10 @@
 //! Records as the API shows them.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use kiln_bus::journal::Entry;
+use kiln_contract::cache_warmer::WarmImage;
 use kiln_contract::event::Progress;
 use kiln_domain::failure::FailureReason;
 use kiln_domain::record::State;
@@ -33,6 +36,22 @@ pub(crate) fn build(entry: &Entry, queue_position: usize, progress: Option<&Prog
         steps: record.steps.iter().map(step).collect(),
         build_tool: record.build_tool.clone(),
         commit: record.commit.clone().unwrap_or_default(),
+    }
+}
+
+/// An image that is kept warm, as a client sees it.
+pub(crate) fn warm_image(image: WarmImage) -> api::WarmImage {
+    api::WarmImage {
+        r#ref: image.reference,
+        resolved: image.resolved,
+        age: prost_types::Duration::try_from(Duration::from_millis(image.age_ms)).ok(),
+        configured: image.configured,
+        builds: image.builds,
+        last_used_at: Timestamp::from_millisecond(image.last_used_ms)
+            .ok()
+            .filter(|_| image.last_used_ms > 0)
+            .map(timestamp),
+        trouble: image.trouble,
     }
 }
 

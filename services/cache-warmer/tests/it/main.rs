@@ -6,13 +6,20 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use kiln_bus::journal::Journal;
 use kiln_bus::layout::Layout;
 use kiln_bus::serve::Server;
 use kiln_bus::{Bus, Connect};
 use kiln_cache_warmer::{Config, Parts, run};
+use kiln_contract::cache_warmer::{ListWarm, WarmImage};
 use kiln_contract::error::{Code, Refusal};
 use kiln_contract::resolver::{ResolveImage, ResolvedImage};
+use kiln_domain::failure::{Failure, FailureReason};
+use kiln_domain::id::InstanceId;
+use kiln_domain::run::{Base, Findings};
+use kiln_domain::transition::Change;
 use kiln_testkit::nats::{NatsServer, run_server};
+use kiln_testkit::records;
 use prometheus_client::registry::Registry;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
@@ -147,10 +154,9 @@ async fn answers_are_refreshed_before_they_are_too_old_by_any_number_of_warmers(
     warmers.stop().await;
     server.drain().await;
     let text = text_of(&metrics);
-    for line in [
-        "cache_warmer_age_seconds{reference=\"r.io/a:1\"} ",
-        "refs_failed_total{reference=\"r.io/missing:1\"} ",
-    ] {
+    for line in
+        ["refs_age_seconds{reference=\"r.io/a:1\"} ", "refs_failed_total{reference=\"r.io/missing:1\"} "]
+    {
         assert!(text.contains(line), "{text}");
     }
     assert!(!text.contains("refs_failed_total{reference=\"r.io/a:1\"}"), "{text}");
@@ -179,4 +185,83 @@ async fn a_wrong_ref_is_named_by_its_key() {
     let error = run(config(&["r.io/a:1", "a//b"]), parts, drop, CancellationToken::new()).await.unwrap_err();
     let error = error.to_string();
     assert!(error.contains("refs[1]: cannot parse image ref `a//b`"), "{error}");
+}
+
+/// A finished build that used these images, in the journal.
+async fn finished_build(bus: &Bus, image: &str, bases: &[&str]) {
+    let journal = Journal::open(bus).await.unwrap();
+    let me = InstanceId::new("test", 1).unwrap();
+    let queued = records::queued(image, [1; 10]).unwrap();
+    let mut tail = journal.append(None, &Change::Queued(Box::new(queued)), &me).await.unwrap();
+    let bases = bases.iter().map(|base| Base { reference: (*base).into(), digest: None }).collect();
+    let findings = Findings { bases, ..Findings::default() };
+    let failure = Failure::new(FailureReason::Dockerfile, "a step failed");
+    for change in
+        [Change::Claimed { by: me.clone() }, Change::Failed { by: Some(me.clone()), failure, findings }]
+    {
+        tail = journal.append(Some(&tail), &change, &me).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_builds_used_is_kept_warm_and_listed() {
+    let (_nats, bus) = bus().await;
+    let (resolver, _server) = Resolver::start(&bus).await;
+    finished_build(&bus, "one", &["r.io/base:1", "r.io/rare:1"]).await;
+    finished_build(&bus, "two", &["r.io/base:1"]).await;
+    let mut warmers = Warmers::default();
+    let config = Config { used_images: 2, used_interval_seconds: 1, ..config(&["r.io/a:1"]) };
+    let metrics = warmers.start(&bus, config).await;
+    resolver.once("r.io/base:1", |asked| asked.refreshes >= 1).await;
+
+    let list = async || bus.ask(&ListWarm {}, SOON).await.unwrap().images;
+    let warm = |image: &WarmImage| !image.resolved.is_empty();
+    // `registry.test/source:1` is what both builds were copies of, by their records.
+    let of_builds = ["r.io/base:1", "registry.test/source:1"];
+    let listed = timeout(SOON, async {
+        loop {
+            let images = list().await;
+            if images.len() == 3 && images.iter().all(warm) {
+                return images;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    let images = listed.await.expect("all are warm");
+    let names: Vec<_> = images.iter().map(|image| image.reference.as_str()).collect();
+    assert_eq!(names, ["r.io/a:1", of_builds[0], of_builds[1]], "the rarest has no place");
+    let uses: Vec<_> = images.iter().map(|image| (image.configured, image.builds)).collect();
+    assert_eq!(uses, [(true, 0), (false, 2), (false, 2)]);
+
+    // Of what is used more from now on there is a place, and what has lost it is forgotten, its figures too.
+    for image in ["three", "four", "five"] {
+        finished_build(&bus, image, &["r.io/new:1"]).await;
+    }
+    resolver.once("r.io/new:1", |asked| asked.looks >= 1).await;
+    let gone = async {
+        while text_of(&metrics).contains("reference=\"r.io/base:1\"") {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(SOON, gone).await.expect("its figures go");
+    warmers.stop().await;
+}
+
+#[tokio::test]
+async fn a_registry_is_not_asked_beyond_its_budget() {
+    let (_nats, bus) = bus().await;
+    let (resolver, _server) = Resolver::start(&bus).await;
+    let mut warmers = Warmers::default();
+    let config = Config { refreshes_per_minute: 1, ..config(&["r.io/a:1", "r.io/b:1", "other.io/c:1"]) };
+    let metrics = warmers.start(&bus, config).await;
+    let over = async {
+        while !text_of(&metrics).contains("refs_over_budget_total{reference=\"r.io/") {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(SOON, over).await.expect("the budget is used up");
+    resolver.once("other.io/c:1", |asked| asked.refreshes == 1).await;
+    warmers.stop().await;
+    let asked = resolver.asked.borrow();
+    assert_eq!(asked["r.io/a:1"].refreshes + asked["r.io/b:1"].refreshes, 1);
 }

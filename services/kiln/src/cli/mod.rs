@@ -16,6 +16,7 @@ mod logs;
 pub(crate) mod output;
 mod progress;
 mod ps;
+mod refs;
 mod resolve;
 mod status;
 mod stream;
@@ -50,6 +51,9 @@ pub(crate) enum Command {
     /// Show the immutable form of an image reference
     #[command(after_help = resolve::EXAMPLES)]
     Resolve(resolve::ResolveArgs),
+    /// List the images whose answers are kept warm
+    #[command(after_help = refs::EXAMPLES)]
+    Refs(refs::RefsArgs),
     /// Follow the builds' events on the bus
     #[command(after_help = events::EXAMPLES)]
     Events(events::EventsArgs),
@@ -68,6 +72,7 @@ pub(crate) async fn run(command: Command, program: clap::Command) -> ExitCode {
         Command::Status(args) => status::run(args).await,
         Command::Cancel(args) => cancel::run(args).await,
         Command::Resolve(args) => resolve::run(args).await,
+        Command::Refs(args) => refs::run(args).await,
         Command::Events(args) => events::run(args).await,
         Command::Completions(args) => completions::run(&args, program).await,
     };

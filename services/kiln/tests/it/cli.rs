@@ -153,6 +153,8 @@ async fn references_are_resolved() {
     assert_eq!(ended.stderr, "kiln: this answer is an old one: the registry could not be asked\n");
     let ended = run(&gateway, &["resolve", "x", "--refresh", "-o", "json"]).await;
     assert_eq!((&ended.objects()[0]["stale"], ended.stderr.as_str()), (&false.into(), ""));
+    let ended = run(&gateway, &["refs", "-o", "json"]).await;
+    assert_eq!(ended.objects()[0]["ref"], "r.io/warm:1");
     let ended = run(&gateway, &["resolve", "UPPER/x"]).await;
     assert_eq!(ended.code, Some(2));
     assert_eq!(
@@ -181,7 +183,7 @@ async fn a_gateway_that_is_not_there() {
 #[tokio::test]
 async fn help_has_examples_and_shells_are_completed() {
     let nowhere = SocketAddr::from(([127, 0, 0, 1], 1));
-    for command in ["build", "logs", "ps", "status", "cancel", "resolve", "completions"] {
+    for command in ["build", "logs", "ps", "status", "cancel", "resolve", "refs", "completions"] {
         let ended = end(kiln(nowhere, &[command, "--help"]).spawn().unwrap()).await;
         assert_eq!(ended.code, Some(0));
         assert!(ended.text().contains(&format!("Examples:\n  kiln {command}")), "{}", ended.text());

@@ -9,8 +9,9 @@ use kiln_proto::kiln_v1::build_logs_request::Start;
 use kiln_proto::kiln_v1::builds_server::{Builds, BuildsServer};
 use kiln_proto::kiln_v1::{
     Build, BuildImageRequest, BuildImageResponse, BuildLogsRequest, BuildState, BuildStatusRequest,
-    CancelBuildRequest, ListBuildsRequest, ListBuildsResponse, LogChunk, ResolveBaseImageRequest,
-    ResolveBaseImageResponse, ResolveWorkspaceImageRequest, ResolveWorkspaceImageResponse, WatchBuildRequest,
+    CancelBuildRequest, ListBuildsRequest, ListBuildsResponse, ListWarmImagesRequest, ListWarmImagesResponse,
+    LogChunk, ResolveBaseImageRequest, ResolveBaseImageResponse, ResolveWorkspaceImageRequest,
+    ResolveWorkspaceImageResponse, WarmImage, WatchBuildRequest,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
@@ -239,5 +240,12 @@ impl Builds for Scripted {
         _: Request<ResolveWorkspaceImageRequest>,
     ) -> Result<Response<ResolveWorkspaceImageResponse>, Status> {
         Err(Status::unimplemented("the command line does not ask this"))
+    }
+    async fn list_warm_images(
+        &self,
+        _: Request<ListWarmImagesRequest>,
+    ) -> Result<Response<ListWarmImagesResponse>, Status> {
+        let warm = WarmImage { r#ref: "r.io/warm:1".into(), builds: 3, ..WarmImage::default() };
+        Ok(Response::new(ListWarmImagesResponse { images: vec![warm] }))
     }
 }
