@@ -14,9 +14,10 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, watch};
 use tonic::Status;
 
-use crate::builds::{BuildsApi, until_stopped};
+use crate::builds::BuildsApi;
 use crate::convert;
 use crate::queue::Queue;
+use crate::stopping::until_stopped;
 
 /// Where a watcher is.
 struct Watch {
