@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -121,9 +121,12 @@ impl NatsServer {
         Ok(())
     }
 
-    /// SIGSTOP: it answers nothing, and its connections stay.
+    /// SIGSTOP: it answers nothing once this returns, and its connections stay.
     pub fn pause(&self) -> Result<()> {
-        self.signal(Signal::STOP)
+        self.signal(Signal::STOP)?;
+        // The signal is sent, not yet obeyed: on a busy machine it would answer for a moment longer.
+        waitid(WaitId::Pid(self.pid()?), WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT)?;
+        Ok(())
     }
 
     /// SIGCONT after [`NatsServer::pause`].
@@ -139,8 +142,11 @@ impl NatsServer {
     }
 
     fn signal(&self, signal: Signal) -> Result<()> {
-        let child = self.child.as_ref().context("the nats-server does not run")?;
-        kill_process(Pid::from_child(child), signal).context("signal the nats-server")
+        kill_process(self.pid()?, signal).context("signal the nats-server")
+    }
+
+    fn pid(&self) -> Result<Pid> {
+        self.child.as_ref().map(Pid::from_child).context("the nats-server does not run")
     }
 
     fn launch(&mut self) -> Result<()> {
