@@ -15,7 +15,19 @@ use tokio::sync::watch;
 #[derive(Debug, Default)]
 pub struct FakeEngine {
     runs: Mutex<HashMap<RunId, Run>>,
+    starts: watch::Sender<Starts>,
     changed: watch::Sender<()>,
+}
+
+/// What becomes of a start.
+#[derive(Clone, Debug, Default)]
+enum Starts {
+    #[default]
+    Made,
+    /// The engine says why not.
+    Refused(String),
+    /// It takes until the test says otherwise.
+    Held,
 }
 
 #[derive(Debug, Default)]
@@ -27,6 +39,8 @@ struct Run {
     revoked: bool,
     /// Started, and not removed.
     there: bool,
+    /// How often somebody asked for its start.
+    asked: usize,
 }
 
 /// How long a read waits for output. The contract says "some seconds"; a test has less.
@@ -37,6 +51,26 @@ impl FakeEngine {
     pub fn begin(&self, run: &RunId) -> Handle {
         self.change(run, |run| run.there = true);
         Handle::new(format!("fake {run}"))
+    }
+
+    /// From now on no builder starts: the engine says why.
+    pub fn refuse_starts(&self, why: &str) {
+        self.starts.send_replace(Starts::Refused(why.to_owned()));
+    }
+
+    /// From now on a start takes until [`FakeEngine::make_starts`].
+    pub fn hold_starts(&self) {
+        self.starts.send_replace(Starts::Held);
+    }
+
+    /// Builders start again.
+    pub fn make_starts(&self) {
+        self.starts.send_replace(Starts::Made);
+    }
+
+    /// How often a run was asked to start.
+    pub fn asked_to_start(&self, run: &RunId) -> usize {
+        self.runs().get(run).map_or(0, |run| run.asked)
     }
 
     /// The builder writes.
@@ -57,6 +91,15 @@ impl FakeEngine {
     /// Whether somebody asked that the run end.
     pub fn is_cancelled(&self, run: &RunId) -> bool {
         self.runs().get(run).is_some_and(|run| run.cancelled)
+    }
+
+    /// Returns once somebody asked that the run end.
+    pub async fn until_cancelled(&self, run: &RunId) {
+        let mut changed = self.changed.subscribe();
+        while !self.is_cancelled(run) {
+            // Fails only when the sender is gone, which `self` holds.
+            let _ = changed.changed().await;
+        }
     }
 
     fn change(&self, run: &RunId, change: impl FnOnce(&mut Run)) {
@@ -95,10 +138,21 @@ impl Engine for FakeEngine {
     }
 
     async fn start(&self, spec: &RunSpec, _secrets: &RunSecrets) -> Result<Handle, EngineError> {
-        if self.runs().get(&spec.run).is_some_and(|run| run.revoked) {
+        self.change(&spec.run, |run| run.asked += 1);
+        let mut starts = self.starts.subscribe();
+        let starts = starts.wait_for(|starts| !matches!(starts, Starts::Held)).await;
+        if let Ok(Starts::Refused(why)) = starts.as_deref() {
+            return Err(EngineError::Unavailable(why.clone()));
+        }
+        let mut runs = self.runs();
+        let run = runs.entry(spec.run.clone()).or_default();
+        if run.revoked {
             return Err(EngineError::Revoked);
         }
-        Ok(self.begin(&spec.run))
+        run.there = true;
+        drop(runs);
+        self.changed.send_replace(());
+        Ok(Handle::new(format!("fake {}", spec.run)))
     }
 
     async fn observe(&self, run: &RunId) -> Result<Observed, EngineError> {

@@ -5,3 +5,4 @@
 mod lifecycle;
 mod single_flight;
 mod stage;
+mod starting;
