@@ -1,10 +1,9 @@
 //! Each way in which a build can end, and who sees it to its end.
 
 use anyhow::{Result, ensure};
-use kiln_contract::error::Code;
 use kiln_domain::engine::Engine as _;
 use kiln_domain::failure::{Failure, FailureReason};
-use kiln_domain::id::{BuildId, ImageKey, RunId};
+use kiln_domain::id::RunId;
 use kiln_domain::record::State;
 use kiln_domain::reference::Digest;
 use kiln_domain::run::{Ended, RunResult};
@@ -87,50 +86,6 @@ async fn a_builder_lost_after_its_put_has_succeeded() -> Result<()> {
 }
 
 #[tokio::test]
-async fn cancels_of_a_queued_a_running_and_a_finished_build() -> Result<()> {
-    let stage = Stage::set().await?;
-    let _orchestrator = stage.orchestrator(Config { slots: 1, ..config() }).await?;
-    let running = stage.begin("x", |_| {}).await?;
-    stage.until(&running.id, |entry| entry.record.state == State::Running).await?;
-    let queued = stage.begin("y", |_| {}).await?;
-    let answer = stage.cancel(&queued.id).await?.record()?;
-    ensure!(answer.state == State::Cancelled && answer.message == "enough", "at once: {answer:?}");
-
-    stage.cancel(&running.id).await?;
-    stage.until(&running.id, |entry| entry.record.cancel.is_some()).await?;
-    while !stage.engine.is_cancelled(&running.run()) {
-        tokio::task::yield_now().await;
-    }
-    let stopped = Failure::new(FailureReason::Internal, "it was asked to stop");
-    stage.engine.end(&running.run(), ended(RunResult::Failed(stopped), None));
-    stage.until(&running.id, |entry| entry.record.state == State::Cancelled).await?;
-    ensure!(stage.cancel(&running.id).await?.record()?.state == State::Cancelled, "it is idempotent");
-
-    let unknown = BuildId::new(&ImageKey::of("nothing"), [0; 10]);
-    ensure!(stage.cancel(&unknown).await.unwrap_err().code == Code::NotFound);
-    Ok(())
-}
-
-#[tokio::test]
-async fn a_cancel_that_comes_after_the_push_is_a_success() -> Result<()> {
-    let stage = Stage::set().await?;
-    let _orchestrator = stage.orchestrator(config()).await?;
-    let build = stage.begin("x", |_| {}).await?;
-    stage.until(&build.id, |entry| entry.record.state == State::Running).await?;
-    let digest = Digest::of(b"image");
-    stage.push(&build.target_ref, &digest);
-    stage.cancel(&build.id).await?;
-    let stopped = Failure::new(FailureReason::Internal, "it was asked to stop");
-    stage.engine.end(&build.run(), ended(RunResult::Failed(stopped), Some(digest.clone())));
-    let over = stage.until(&build.id, |entry| entry.record.state.is_terminal()).await?;
-    ensure!(
-        (over.record.state, over.record.digest) == (State::Succeeded, Some(digest)),
-        "image and state agree"
-    );
-    Ok(())
-}
-
-#[tokio::test]
 async fn who_is_asked_to_end_lets_go_and_another_adopts_the_same_builder() -> Result<()> {
     let stage = Stage::set().await?;
     let first = stage.orchestrator(config()).await?;
@@ -169,9 +124,7 @@ async fn the_deadline_ends_a_build_whose_builder_does_not() -> Result<()> {
     let _orchestrator = stage.orchestrator(config()).await?;
     let build = stage.begin("x", |question| question.timeout_ms = 1).await?;
     stage.until(&build.id, |entry| entry.record.state == State::Running).await?;
-    while !stage.engine.is_cancelled(&build.run()) {
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    }
+    stage.engine.until_cancelled(&build.run()).await;
     stage.engine.end(&build.run(), Ended::default());
     let over = stage.until(&build.id, |entry| entry.record.state.is_terminal()).await?;
     ensure!(over.record.reason == Some(FailureReason::Timeout), "{over:?}");
@@ -207,9 +160,7 @@ async fn a_build_given_up_was_started_by_an_earlier_holder_all_the_same() -> Res
     stage.engine.begin(&run);
     let _orchestrator = stage.orchestrator(config()).await?;
     // It is stopped before anything is said of it, and what it had pushed by then counts.
-    while !stage.engine.is_cancelled(&run) {
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    }
+    stage.engine.until_cancelled(&run).await;
     let running = stage.journal.last_of_build(&record.id).await?;
     ensure!(
         running.is_some_and(|entry| !entry.record.state.is_terminal()),

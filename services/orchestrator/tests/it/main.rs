@@ -2,6 +2,7 @@
 
 #![cfg(test)]
 
+mod cancel;
 mod lifecycle;
 mod single_flight;
 mod stage;
