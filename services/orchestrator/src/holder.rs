@@ -208,8 +208,10 @@ impl Held<'_> {
         }
     }
 
+    /// Until we act on the deadline. It counts from `started`, whoever holds the build by now.
     fn time_left(&self) -> Duration {
-        self.record().deadline().map(time_until).unwrap_or_default() + DEADLINE_GRACE
+        let act_at = self.record().deadline().and_then(|at| at.checked_add(DEADLINE_GRACE).ok());
+        act_at.map(time_until).unwrap_or_default()
     }
 
     /// The build's next event after the one that we know, or `None` when it is time to look at our lease again.
@@ -262,6 +264,7 @@ impl Held<'_> {
     async fn stop_builder(&mut self) -> Result<Ended, LetGo> {
         let run = self.record().run();
         loop {
+            self.check()?;
             match self.shared.engine.cancel(&run).await {
                 Ok(()) => break,
                 Err(error) => {

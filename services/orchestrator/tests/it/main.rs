@@ -7,3 +7,4 @@ mod lifecycle;
 mod single_flight;
 mod stage;
 mod starting;
+mod take_over;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use futures::StreamExt as _;
 use kiln_bus::events;
+use kiln_bus::holders::Holders;
 use kiln_bus::journal::{Entry, Journal};
 use kiln_bus::layout::Layout;
 use kiln_bus::seal::OpenKey;
@@ -26,12 +27,15 @@ use kiln_domain::source::Source;
 use kiln_orchestrator::{Config, Parts};
 use kiln_testkit::engine::FakeEngine;
 use kiln_testkit::nats::{self, NatsServer};
+use kiln_testkit::wire::Wire;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 const SOON: Duration = Duration::from_secs(30);
+/// Seconds of a lease, so that a test needn't wait for half a minute until one lapses.
+const SHORT: u64 = 3;
 
 pub(crate) struct Stage {
     server: NatsServer,
@@ -102,6 +106,18 @@ impl Stage {
         self.orchestrator_at(&self.server.url(), Lease::default(), self.engine.clone(), config).await
     }
 
+    /// One that reaches the bus over a wire, holds a short lease, and has an engine of its own, with the same runs.
+    pub(crate) async fn orchestrator_on(&self, wire: &Wire) -> Result<(CancellationToken, Arc<FakeEngine>)> {
+        let (url, engine) = (format!("nats://{}", wire.address()), Arc::new(self.engine.elsewhere()));
+        let stop = self.orchestrator_at(&url, Lease::of_seconds(SHORT), engine.clone(), config()).await?;
+        Ok((stop, engine))
+    }
+
+    /// Somebody who takes no part, and sees who lives.
+    pub(crate) async fn observer(&self) -> Result<Holders> {
+        Ok(Holders::start(&self.bus, "observer", "", None, Lease::of_seconds(SHORT), &self.tasks).await?)
+    }
+
     pub(crate) async fn orchestrator_at(
         &self,
         url: &str,
@@ -169,6 +185,11 @@ impl Stage {
             Ok(entry) => entry,
             Err(_) => anyhow::bail!("the build stays at {:?}", self.journal.last_of_build(id).await?),
         }
+    }
+
+    /// A wire to the bus.
+    pub(crate) async fn wire(&self) -> Result<Wire> {
+        Wire::to(&self.server.address()).await
     }
 
     /// The events of a build up to its last one, each with its name.
