@@ -20,3 +20,4 @@ pub mod run_folder;
 pub mod source;
 pub mod step;
 pub mod transition;
+mod wait;

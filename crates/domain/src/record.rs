@@ -73,7 +73,7 @@ pub struct Record {
     /// Of a failed build.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<FailureReason>,
-    /// For the user; of a failed or cancelled build, or of one that waits to be started again.
+    /// For the user; of a failed or cancelled build, or of one that waits to be started again: what kept it from that.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,
     /// Who asked first.
@@ -90,7 +90,7 @@ pub struct Record {
     pub no_cache: bool,
     /// How long an attempt may run, from `started`.
     pub timeout_ms: u64,
-    /// How long it may wait before its first start.
+    /// How long it may wait for a builder: before its first start, and again after each lost one.
     pub queue_limit_ms: u64,
     /// 1 for the first start; a start after a lost builder counts up.
     pub attempt: u32,
@@ -118,6 +118,15 @@ pub struct Record {
     /// Of the attempt that runs; its deadline counts from here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attempt_started_at: Option<Timestamp>,
+    /// When the attempt before the present one was given up for lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retried_at: Option<Timestamp>,
+    /// When a holder last let go of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub released_at: Option<Timestamp>,
+    /// How many holders in a row let go of it because the engine would not start this attempt.
+    #[serde(default)]
+    pub refused_starts: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<Timestamp>,
     /// Of the image at the target, once it succeeded.
@@ -175,6 +184,9 @@ impl Record {
             queued_at: None,
             started_at: None,
             attempt_started_at: None,
+            retried_at: None,
+            released_at: None,
+            refused_starts: 0,
             finished_at: None,
             digest: None,
             steps: Vec::new(),
@@ -207,11 +219,6 @@ impl Record {
         self.attempt_started_at.and_then(|started| started.checked_add(self.timeout()).ok())
     }
 
-    /// When it must have been started for the first time.
-    pub fn queue_deadline(&self) -> Option<Timestamp> {
-        self.queued_at.and_then(|queued| queued.checked_add(Duration::from_millis(self.queue_limit_ms)).ok())
-    }
-
     /// Everybody who waits for it, the first asker first.
     pub fn owners(&self) -> impl Iterator<Item = &str> {
         std::iter::once(self.owner.as_str()).chain(self.joined_by.iter().map(String::as_str))
@@ -226,6 +233,8 @@ impl Record {
                 self.started_at.get_or_insert(stored_at);
                 self.attempt_started_at = Some(stored_at);
             }
+            "retrying" => self.retried_at = Some(stored_at),
+            "released" => self.released_at = Some(stored_at),
             "succeeded" | "failed" | "cancelled" => self.finished_at = Some(stored_at),
             _ => {}
         }

@@ -27,9 +27,11 @@ pub enum Change {
     CancelRequested {
         reason: String,
     },
-    /// A holder that is asked to end lets go; no attempt is counted.
+    /// A holder lets go; no attempt is counted. It is asked to end, or it can't start the builder: then `why` is what the
+    /// engine said, and the next holder waits a while (see [`Record::not_before`]).
     Released {
         by: InstanceId,
+        why: Option<String>,
     },
     /// The builder was lost; the attempt that follows.
     Retrying {
@@ -153,6 +155,7 @@ pub fn apply(before: Option<&Record>, change: &Change) -> Result<Record, Illegal
             after.handle = Some(handle.clone());
             after.engine.clone_from(engine);
             after.message.clear();
+            after.refused_starts = 0;
         }
         Change::CancelRequested { reason } => {
             if before.cancel.is_some() {
@@ -160,9 +163,19 @@ pub fn apply(before: Option<&Record>, change: &Change) -> Result<Record, Illegal
             }
             after.cancel = Some(limits::truncated(reason.clone(), limits::MESSAGE_BYTES));
         }
-        Change::Released { by } => {
+        Change::Released { by, why } => {
             only_holder(by)?;
+            if why.is_some() && before.handle.is_some() {
+                return refuse("its builder was started");
+            }
             after.claimed_by = None;
+            match why {
+                Some(why) => {
+                    after.refused_starts = before.refused_starts.saturating_add(1);
+                    after.message = limits::truncated(why.clone(), limits::MESSAGE_BYTES);
+                }
+                None => after.refused_starts = 0,
+            }
         }
         Change::Retrying { by, why } => {
             only_holder(by)?;
@@ -175,6 +188,7 @@ pub fn apply(before: Option<&Record>, change: &Change) -> Result<Record, Illegal
             after.attempt += 1;
             after.handle = None;
             after.attempt_started_at = None;
+            after.refused_starts = 0;
             after.message = limits::truncated(why.clone(), limits::MESSAGE_BYTES);
         }
         Change::Joined { owner, request } => {
@@ -284,7 +298,8 @@ mod tests {
                 engine: "local".into()
             }),
             Just(Change::CancelRequested { reason: "enough".into() }),
-            by.clone().prop_map(|by| Change::Released { by }),
+            (by.clone(), proptest::option::of(Just("no room".to_owned())))
+                .prop_map(|(by, why)| Change::Released { by, why }),
             by.clone().prop_map(|by| Change::Retrying { by, why: "lost".into() }),
             "[a-c]".prop_map(|owner| Change::Joined { owner, request: String::new() }),
             by.prop_map({
@@ -335,7 +350,7 @@ mod tests {
         let cancelled = Change::Cancelled { by: None, findings: Findings::default() };
         assert_eq!(apply(Some(&build), &cancelled).unwrap().state, State::Cancelled);
         let claimed = apply(Some(&build), &Change::Claimed { by: holder(1) }).unwrap();
-        let released = apply(Some(&claimed), &Change::Released { by: holder(1) }).unwrap();
+        let released = apply(Some(&claimed), &Change::Released { by: holder(1), why: None }).unwrap();
         assert_eq!(apply(Some(&released), &cancelled), Err(Illegal::NotHolder { event: "cancelled" }));
     }
 

@@ -1,7 +1,7 @@
 //! A fake engine: runs whose output a test releases piece by piece, and which end when it says so. It runs nothing.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -14,8 +14,28 @@ use tokio::sync::watch;
 /// An engine of runs that a test plays.
 #[derive(Debug, Default)]
 pub struct FakeEngine {
+    place: Arc<Place>,
+    /// What it was asked to do to runs, not what it was asked about them.
+    acts: Mutex<Vec<(RunId, &'static str)>>,
+}
+
+/// Where the runs are.
+#[derive(Debug, Default)]
+struct Place {
     runs: Mutex<HashMap<RunId, Run>>,
+    starts: watch::Sender<Starts>,
     changed: watch::Sender<()>,
+}
+
+/// What becomes of a start.
+#[derive(Clone, Debug, Default)]
+enum Starts {
+    #[default]
+    Made,
+    /// The engine says why not.
+    Refused(String),
+    /// It takes until the test says otherwise.
+    Held,
 }
 
 #[derive(Debug, Default)]
@@ -27,16 +47,53 @@ struct Run {
     revoked: bool,
     /// Started, and not removed.
     there: bool,
+    /// How often somebody asked for its start.
+    asked: usize,
 }
 
 /// How long a read waits for output. The contract says "some seconds"; a test has less.
 const WAIT: Duration = Duration::from_millis(200);
 
 impl FakeEngine {
+    /// The engine of another process, with the same runs.
+    pub fn elsewhere(&self) -> Self {
+        Self { place: self.place.clone(), acts: Mutex::default() }
+    }
+
+    /// What this engine, and no other of the same runs, was asked to do to a run: start, cancel, revoke, remove it.
+    pub fn acts(&self, run: &RunId) -> Vec<&'static str> {
+        let acts = self.acts.lock().unwrap_or_else(PoisonError::into_inner);
+        acts.iter().filter(|(of, _)| of == run).map(|(_, act)| *act).collect()
+    }
+
+    fn act(&self, run: &RunId, act: &'static str) {
+        self.acts.lock().unwrap_or_else(PoisonError::into_inner).push((run.clone(), act));
+    }
+
     /// As if the run had been started, also by another process.
     pub fn begin(&self, run: &RunId) -> Handle {
         self.change(run, |run| run.there = true);
         Handle::new(format!("fake {run}"))
+    }
+
+    /// From now on no builder starts: the engine says why.
+    pub fn refuse_starts(&self, why: &str) {
+        self.place.starts.send_replace(Starts::Refused(why.to_owned()));
+    }
+
+    /// From now on a start takes until [`FakeEngine::make_starts`].
+    pub fn hold_starts(&self) {
+        self.place.starts.send_replace(Starts::Held);
+    }
+
+    /// Builders start again.
+    pub fn make_starts(&self) {
+        self.place.starts.send_replace(Starts::Made);
+    }
+
+    /// How often a run was asked to start.
+    pub fn asked_to_start(&self, run: &RunId) -> usize {
+        self.runs().get(run).map_or(0, |run| run.asked)
     }
 
     /// The builder writes.
@@ -59,13 +116,22 @@ impl FakeEngine {
         self.runs().get(run).is_some_and(|run| run.cancelled)
     }
 
+    /// Returns once somebody asked that the run end.
+    pub async fn until_cancelled(&self, run: &RunId) {
+        let mut changed = self.place.changed.subscribe();
+        while !self.is_cancelled(run) {
+            // Fails only when the sender is gone, which `self` holds.
+            let _ = changed.changed().await;
+        }
+    }
+
     fn change(&self, run: &RunId, change: impl FnOnce(&mut Run)) {
         change(self.runs().entry(run.clone()).or_default());
-        self.changed.send_replace(());
+        self.place.changed.send_replace(());
     }
 
     fn runs(&self) -> MutexGuard<'_, HashMap<RunId, Run>> {
-        self.runs.lock().unwrap_or_else(PoisonError::into_inner)
+        self.place.runs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn read_now(&self, run: &RunId, from: usize, max: usize) -> Result<Option<Output>, EngineError> {
@@ -95,10 +161,22 @@ impl Engine for FakeEngine {
     }
 
     async fn start(&self, spec: &RunSpec, _secrets: &RunSecrets) -> Result<Handle, EngineError> {
-        if self.runs().get(&spec.run).is_some_and(|run| run.revoked) {
+        self.act(&spec.run, "start");
+        self.change(&spec.run, |run| run.asked += 1);
+        let mut starts = self.place.starts.subscribe();
+        let starts = starts.wait_for(|starts| !matches!(starts, Starts::Held)).await;
+        if let Ok(Starts::Refused(why)) = starts.as_deref() {
+            return Err(EngineError::Unavailable(why.clone()));
+        }
+        let mut runs = self.runs();
+        let run = runs.entry(spec.run.clone()).or_default();
+        if run.revoked {
             return Err(EngineError::Revoked);
         }
-        Ok(self.begin(&spec.run))
+        run.there = true;
+        drop(runs);
+        self.place.changed.send_replace(());
+        Ok(Handle::new(format!("fake {}", spec.run)))
     }
 
     async fn observe(&self, run: &RunId) -> Result<Observed, EngineError> {
@@ -110,7 +188,7 @@ impl Engine for FakeEngine {
     }
 
     async fn ended(&self, run: &RunId, _handle: &Handle) -> Result<Ended, EngineError> {
-        let mut changed = self.changed.subscribe();
+        let mut changed = self.place.changed.subscribe();
         loop {
             let ended = self.runs().get(run).ok_or(EngineError::Gone)?.ended.clone();
             match ended {
@@ -122,22 +200,25 @@ impl Engine for FakeEngine {
     }
 
     async fn cancel(&self, run: &RunId) -> Result<(), EngineError> {
+        self.act(run, "cancel");
         self.change(run, |run| run.cancelled = true);
         Ok(())
     }
 
     async fn revoke(&self, run: &RunId) -> Result<(), EngineError> {
+        self.act(run, "revoke");
         self.change(run, |run| run.revoked = true);
         Ok(())
     }
 
     async fn remove(&self, run: &RunId) -> Result<(), EngineError> {
+        self.act(run, "remove");
         self.change(run, |run| run.there = false);
         Ok(())
     }
 
     async fn read(&self, run: &RunId, from: &Cursor, max: usize) -> Result<Output, EngineError> {
-        let mut changed = self.changed.subscribe();
+        let mut changed = self.place.changed.subscribe();
         let from = position(from);
         let read = async {
             loop {

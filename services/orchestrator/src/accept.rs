@@ -130,7 +130,7 @@ impl Shared {
                 ),
             ));
         }
-        let queued = active.iter().filter(|entry| entry.record.claims == 0).count();
+        let queued = active.iter().filter(|entry| entry.record.waits()).count();
         if queued >= self.config.max_queued {
             return Err(Refusal::new(
                 Code::ResourceExhausted,

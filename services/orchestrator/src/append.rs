@@ -9,9 +9,6 @@ use kiln_domain::transition::Change;
 
 use crate::holder::{ENGINE_PAUSE, Held, LetGo};
 
-/// Before the first restart after a lost builder; each later one waits longer by as much.
-const RETRY_PAUSE: Duration = Duration::from_secs(2);
-
 /// How long a process that is asked to end tries to say that it lets go.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -23,7 +20,7 @@ impl Held<'_> {
             // A holder that is asked to end may still append what it did.
             match self.check() {
                 Ok(()) | Err(LetGo::Asked) => {}
-                lost @ Err(LetGo::Lost | LetGo::Gone) => lost?,
+                lost @ Err(_) => lost?,
             }
             match self.shared.journal.append(Some(&self.tail), &change, &self.me).await {
                 Ok(entry) => {
@@ -81,22 +78,23 @@ impl Held<'_> {
         Ok(())
     }
 
-    /// Appends `retrying`, then waits before the next attempt.
+    /// Appends `retrying`: the claim stays ours while the next attempt waits (see [`Record::not_before`]).
+    ///
+    /// [`Record::not_before`]: kiln_domain::record::Record::not_before
     pub(crate) async fn retry(&mut self, why: &str) -> Result<(), LetGo> {
-        let pause = RETRY_PAUSE * self.record().attempt;
         if self.append(&Change::Retrying { by: self.me.clone(), why: why.to_owned() }).await? {
             self.shared.metrics.retried();
-            self.pause(pause).await?;
         }
         Ok(())
     }
 
-    pub(crate) async fn release(&mut self) {
+    /// Lets go of the build, so that another may claim it. `why` if the engine doesn't start its builder.
+    pub(crate) async fn release(&mut self, why: Option<String>) {
         if self.record().state.is_terminal() {
             return;
         }
         let id = self.record().id.clone();
-        let change = Change::Released { by: self.me.clone() };
+        let change = Change::Released { by: self.me.clone(), why };
         match tokio::time::timeout(RELEASE_PATIENCE, self.append(&change)).await {
             Ok(Ok(_)) => {}
             Ok(Err(_)) => tracing::info!(build.id = %id, "build `{id}` was lost before it could be released"),

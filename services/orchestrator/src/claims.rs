@@ -4,9 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::Timestamp;
 use kiln_bus::journal::{AppendError, Entry};
-use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::id::{BuildId, InstanceId};
 use kiln_domain::rank::rank;
 use kiln_domain::record::Record;
@@ -16,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::holder::QUEUE_EXPIRED;
+use crate::holder::wall_clock;
 use crate::{Shared, holder, queue};
 
 /// Live orchestrators are ranked for each build: the first tries at once, each other this much later.
@@ -83,7 +81,7 @@ impl Claims {
             .partition(|entry| entry.record.claimed_by.as_ref().is_some_and(|by| shared.holders.is_live(by)));
         shared.metrics.running.set(i64::try_from(self.names.len()).unwrap_or(i64::MAX));
         shared.metrics.queued.set(
-            i64::try_from(active.iter().filter(|entry| entry.record.claims == 0).count()).unwrap_or(i64::MAX),
+            i64::try_from(active.iter().filter(|entry| entry.record.waits()).count()).unwrap_or(i64::MAX),
         );
         // Our own claim without a task: the append's answer was lost, or its task failed.
         for entry in &claimed {
@@ -97,14 +95,16 @@ impl Claims {
         let (expired, free): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) = free
             .into_iter()
             .filter(|entry| !self.names.contains_key(&entry.record.id))
-            .partition(|entry| is_expired(&entry.record, now));
+            .partition(|entry| entry.record.has_waited_too_long(now));
         let (never_claimed, expired): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) =
             expired.into_iter().partition(|entry| entry.record.claims == 0);
         for entry in never_claimed {
             expire(shared, entry, &me).await;
         }
-        let (queued, to_end_or_adopt): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) =
+        let (mut queued, to_end_or_adopt): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) =
             free.into_iter().partition(|entry| needs_a_slot(&entry.record));
+        // One that can't be started for now keeps no other from its turn.
+        queued.retain(|entry| entry.record.not_before().is_none_or(|at| at <= now));
         let slots = shared.config.slots.saturating_sub(self.names.len());
         let waiting: Vec<&Record> = queued.iter().map(|entry| &entry.record).collect();
         let running: Vec<&Record> = claimed.iter().map(|entry| &entry.record).collect();
@@ -141,19 +141,9 @@ fn needs_a_slot(record: &Record) -> bool {
     record.handle.is_none() && record.cancel.is_none()
 }
 
-/// Not started, and past the time that it may wait.
-fn is_expired(record: &Record, now: Timestamp) -> bool {
-    record.started_at.is_none() && record.queue_deadline().is_some_and(|deadline| deadline < now)
-}
-
-#[expect(clippy::disallowed_methods, reason = "a limit is compared with the stream's wall-clock time")]
-fn wall_clock() -> Timestamp {
-    Timestamp::now()
-}
-
 /// Ends a build that nobody ever claimed: any orchestrator may.
 async fn expire(shared: &Shared, entry: &Arc<Entry>, me: &InstanceId) {
-    let failure = Failure::new(FailureReason::QueueExpired, QUEUE_EXPIRED);
+    let failure = entry.record.queue_expired(None);
     let change = Change::Failed { by: None, failure, findings: Findings::default() };
     match shared.journal.append(Some(entry), &change, me).await {
         Ok(over) => shared.metrics.ended(&over),

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use kiln_domain::engine::Observed;
 use kiln_domain::failure::{Failure, FailureReason};
+use kiln_domain::finding::spoken;
 use kiln_domain::limits;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run::{Ended, Findings, RunResult};
@@ -74,6 +75,8 @@ impl Held<'_> {
     /// left no outcome it is read again afterwards: one that began late may have written one.
     pub(crate) async fn revoked(&mut self, ended: Ended) -> Result<Ended, LetGo> {
         let run = self.record().run();
+        // Who was paused may find the run ended long after another has taken it over.
+        self.check()?;
         while let Err(error) = self.shared.engine.revoke(&run).await {
             tracing::warn!(build.id = %run.build(), "run `{run}` can't be revoked now: {error}");
             self.pause(REGISTRY_PAUSE).await?;
@@ -141,11 +144,14 @@ impl Held<'_> {
 
     fn took_too_long(&self, findings: &Findings) -> Failure {
         let longest = findings.steps.iter().max_by_key(|step| step.duration_ms);
-        let what = longest.map(|step| format!("; what ran longest: step {} ({})", step.number, step.name));
-        let limit = self.record().timeout();
+        let what = longest.map(|step| {
+            let took = spoken(Duration::from_millis(step.duration_ms.unwrap_or_default()));
+            format!("; what ran longest: step {}, {} ({took})", step.number, step.name)
+        });
+        let limit = spoken(self.record().timeout());
         Failure::new(
             FailureReason::Timeout,
-            format!("took longer than {limit:?}{}", what.unwrap_or_default()),
+            format!("the build took longer than {limit}{}", what.unwrap_or_default()),
         )
     }
 }

@@ -22,8 +22,8 @@ use crate::conclude::{Ending, IN_FLIGHT};
 
 /// Between two tries of what the engine can't do now.
 pub(crate) const ENGINE_PAUSE: Duration = Duration::from_secs(1);
-/// What is said of a build that nobody started in time.
-pub(crate) const QUEUE_EXPIRED: &str = "nobody had a free slot for it in time";
+/// So often a holder tries to start a builder; then another may, and a slot is free for a build that can be started.
+const STARTS: u32 = 3;
 /// How much later than the builder itself the holder acts on the deadline: the builder knows better what it was at.
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
 
@@ -35,6 +35,8 @@ pub(crate) enum LetGo {
     Asked,
     /// The journal knows the build no more: its stream was deleted or emptied.
     Gone,
+    /// The engine does not start its builder, and what it says.
+    CantStart(String),
 }
 
 /// A build that we hold, with its last event as we know it.
@@ -57,8 +59,12 @@ pub(crate) async fn hold(shared: &Arc<Shared>, claimed: Entry, stop: &Cancellati
         match held.see_to_its_end().await {
             Ok(()) => tracing::info!(build.id = %id, "build `{id}` ended: {}", held.tail.record.state),
             Err(LetGo::Lost) => tracing::info!(build.id = %id, "build `{id}` is no longer ours"),
-            Err(LetGo::Asked) => held.release().await,
             Err(LetGo::Gone) => held.end_unknown().await,
+            Err(LetGo::Asked) => held.release(None).await,
+            Err(LetGo::CantStart(why)) => {
+                tracing::warn!(build.id = %id, "build `{id}` can't be started here for now: {why}");
+                held.release(Some(why)).await;
+            }
         }
         if held.record().claimed_by.is_none() { held.tail.sequence } else { 0 }
     }
@@ -72,6 +78,7 @@ impl Held<'_> {
     }
 
     async fn see_to_its_end(&mut self) -> Result<(), LetGo> {
+        let (mut starts, mut complaint) = (0, None);
         loop {
             self.check()?;
             if self.record().state.is_terminal() {
@@ -83,11 +90,25 @@ impl Held<'_> {
                     let ended = self.stop_builder().await?;
                     self.conclude(ended, Ending::Natural).await?;
                 }
-                None if self.queue_time_is_up() => {
-                    let failure = Failure::new(FailureReason::QueueExpired, QUEUE_EXPIRED);
+                None if self.record().has_waited_too_long(wall_clock()) => {
+                    let failure = self.record().queue_expired(complaint.as_deref());
                     self.conclude(Ended::default(), Ending::GaveUp(failure)).await?;
                 }
-                None => self.start().await?,
+                None => {
+                    let pause = self.record().not_before().map(time_until).unwrap_or_default();
+                    if !pause.is_zero() {
+                        self.wait(pause).await?;
+                    } else if let Err(error) = self.start().await? {
+                        starts += 1;
+                        let why = error.to_string();
+                        if starts >= STARTS {
+                            return Err(LetGo::CantStart(why));
+                        }
+                        tracing::warn!(build.id = %run.build(), "run `{run}` can't be started yet: {why}");
+                        complaint = Some(why);
+                        self.wait(ENGINE_PAUSE).await?;
+                    }
+                }
                 Some(handle) => {
                     tracing::debug!(build.id = %run.build(), "following run `{run}`");
                     self.follow(&handle).await?;
@@ -129,55 +150,48 @@ impl Held<'_> {
         if self.stop.is_cancelled() { Err(LetGo::Asked) } else { Ok(()) }
     }
 
-    #[expect(clippy::disallowed_methods, reason = "a limit is compared with the stream's wall-clock time")]
-    fn queue_time_is_up(&self) -> bool {
-        self.record().started_at.is_none()
-            && self.record().queue_deadline().is_some_and(|at| at < Timestamp::now())
-    }
-
-    /// Starts the present attempt's builder, or finds the one that another holder started.
-    async fn start(&mut self) -> Result<(), LetGo> {
+    /// Starts the present attempt's builder, or finds the one that another holder started. The inner error is the engine's:
+    /// it may be tried again.
+    async fn start(&mut self) -> Result<Result<(), EngineError>, LetGo> {
         let run = self.record().run();
         // Only the first holder of a first attempt knows that nobody can have started it.
         if self.record().claims > 1 {
-            match self.observe().await? {
-                Observed::Running(handle) => return self.started(handle).await,
-                Observed::Ended(ended) => return self.conclude(ended, Ending::Natural).await,
-                Observed::Absent => {
+            match self.shared.engine.observe(&run).await {
+                Ok(Observed::Running(handle)) => return self.started(handle).await.map(Ok),
+                Ok(Observed::Ended(ended)) => return self.conclude(ended, Ending::Natural).await.map(Ok),
+                Ok(Observed::Absent) => {
                     // What another holder started may be lost whole; its last PUT may still be under way.
                     self.pause(IN_FLIGHT).await?;
                     if self.image_is_new().await? {
-                        return self.conclude(Ended::default(), Ending::Natural).await;
+                        return self.conclude(Ended::default(), Ending::Natural).await.map(Ok);
                     }
                 }
+                Err(error) => return Ok(Err(error)),
             }
         }
         let ready = match (self.spec(), self.secrets().await) {
             (Ok(spec), Ok(secrets)) => Ok((spec, secrets)),
-            (_, Err(None)) => return self.pause(ENGINE_PAUSE).await,
+            (_, Err(None)) => return self.wait(ENGINE_PAUSE).await.map(Ok),
             (Err(message), _) | (_, Err(Some(message))) => Err(message),
         };
         let (spec, secrets) = match ready {
             Ok(ready) => ready,
             Err(message) => {
                 let failure = Failure::new(FailureReason::Internal, message);
-                return self.conclude(Ended::default(), Ending::GaveUp(failure)).await;
+                return self.conclude(Ended::default(), Ending::GaveUp(failure)).await.map(Ok);
             }
         };
         self.check()?;
         match self.shared.engine.start(&spec, &secrets).await {
-            Ok(handle) => self.started(handle).await,
+            Ok(handle) => self.started(handle).await.map(Ok),
             Err(EngineError::Rejected(failure)) => {
-                self.conclude(Ended::default(), Ending::GaveUp(failure)).await
+                self.conclude(Ended::default(), Ending::GaveUp(failure)).await.map(Ok)
             }
             // Revoked by one who took this run for lost and then lost its claim before it could say so.
             Err(EngineError::Revoked | EngineError::Gone) => {
-                self.conclude(Ended::default(), Ending::Natural).await
+                self.conclude(Ended::default(), Ending::Natural).await.map(Ok)
             }
-            Err(error @ EngineError::Unavailable(_)) => {
-                tracing::warn!(build.id = %run.build(), "run `{run}` can't be started yet: {error}");
-                self.pause(ENGINE_PAUSE).await
-            }
+            Err(error @ EngineError::Unavailable(_)) => Ok(Err(error)),
         }
     }
 
@@ -229,11 +243,10 @@ impl Held<'_> {
         }
     }
 
-    #[expect(clippy::disallowed_methods, reason = "a deadline is compared with the stream's wall-clock time")]
+    /// Until we act on the deadline. It counts from `started`, whoever holds the build by now.
     fn time_left(&self) -> Duration {
-        let deadline = self.record().deadline();
-        let left = deadline.and_then(|at| Duration::try_from(at.duration_since(Timestamp::now())).ok());
-        left.unwrap_or_default() + DEADLINE_GRACE
+        let act_at = self.record().deadline().and_then(|at| at.checked_add(DEADLINE_GRACE).ok());
+        act_at.map(time_until).unwrap_or_default()
     }
 
     /// The build's next event after the one that we know, or `None` when it is time to look at our lease again.
@@ -286,6 +299,7 @@ impl Held<'_> {
     async fn stop_builder(&mut self) -> Result<Ended, LetGo> {
         let run = self.record().run();
         loop {
+            self.check()?;
             match self.shared.engine.cancel(&run).await {
                 Ok(()) => break,
                 Err(error) => {
@@ -320,6 +334,19 @@ impl Held<'_> {
         Ok(found.is_some() && found != self.record().digest_before)
     }
 
+    /// Waits, unless what is to be done becomes another thing, or we are to let go.
+    async fn wait(&mut self, pause: Duration) -> Result<(), LetGo> {
+        let waited = tokio::time::sleep(pause);
+        tokio::pin!(waited);
+        loop {
+            let changed = self.changed();
+            tokio::select! {
+                () = &mut waited => return self.check(),
+                change = changed => if self.take(change)? { return Ok(()) },
+            }
+        }
+    }
+
     /// Waits, unless we are to let go.
     pub(crate) async fn pause(&self, pause: Duration) -> Result<(), LetGo> {
         tokio::select! {
@@ -328,4 +355,14 @@ impl Held<'_> {
         }
         self.check()
     }
+}
+
+/// None if it is past.
+fn time_until(at: Timestamp) -> Duration {
+    at.duration_since(wall_clock()).try_into().unwrap_or_default()
+}
+
+#[expect(clippy::disallowed_methods, reason = "a limit is compared with the stream's wall-clock time")]
+pub(crate) fn wall_clock() -> Timestamp {
+    Timestamp::now()
 }

@@ -185,12 +185,19 @@ fn of_active(entry: &Entry, live: &BTreeSet<InstanceId>, now: Timestamp) -> Opti
             format!("see the log of the orchestrator for it; `kiln cancel {id}` asks again that it stop"),
         ));
     }
-    let limit = record.queue_deadline().filter(|_| record.waits() && record.started_at.is_none());
+    let limit = record.start_deadline().filter(|_| record.waits_for_start());
     if let Some(late) = limit.map(|at| since(at, now)).filter(|late| *late > PAST_DEADLINE) {
         return Some(Finding::problem(
             BUILDS,
             format!("`{id}` waits {} longer than it may", spoken(late)),
-            "start an orchestrator: any ends such builds",
+            "start an orchestrator: any ends such builds; if one runs, its log says what keeps it from that",
+        ));
+    }
+    if record.refused_starts > 0 {
+        return Some(Finding::warning(
+            BUILDS,
+            format!("`{id}` could not be started {} times: {}", record.refused_starts, record.message),
+            "it is tried again, up to a minute apart, until its time in the queue is up; what the engine says tells what it lacks",
         ));
     }
     None
@@ -245,6 +252,10 @@ mod tests {
                 }
             }
         };
+        let refused = |entry: &mut Entry| {
+            entry.record.refused_starts = 2;
+            entry.record.message = "no room".into();
+        };
         let clean = (Verdict::Ok, "nothing is left of builds that are over for long".to_owned());
         for (minutes, findings, says) in [
             (3, found(3, |_| {}), "0 run, 1 wait, the oldest for 3 min"),
@@ -257,8 +268,13 @@ mod tests {
             ),
             (5, found(5, held("orchestrator-1", true)), "`ID` runs 4 min past its deadline"),
             (15, found(15, |_| {}), "`ID` waits 5 min longer than it may"),
+            (5, found(5, refused), "`ID` could not be started 2 times: no room"),
         ] {
-            let verdict = if says.starts_with('`') { Verdict::Problem } else { Verdict::Ok };
+            let verdict = match says {
+                _ if says.contains("could not be started") => Verdict::Warning,
+                _ if says.starts_with('`') => Verdict::Problem,
+                _ => Verdict::Ok,
+            };
             assert_eq!(findings, [(verdict, says.to_owned()), clean.clone()], "after {minutes} min");
         }
         let over = |entry: &mut Entry| {

@@ -1,13 +1,14 @@
 //! Each way in which a build can end, and who sees it to its end.
 
 use anyhow::{Result, ensure};
-use kiln_contract::error::Code;
+use jiff::Timestamp;
 use kiln_domain::engine::Engine as _;
 use kiln_domain::failure::{Failure, FailureReason};
-use kiln_domain::id::{BuildId, ImageKey, RunId};
+use kiln_domain::id::RunId;
 use kiln_domain::record::State;
 use kiln_domain::reference::Digest;
-use kiln_domain::run::{Ended, RunResult};
+use kiln_domain::run::{Ended, Findings, Outcome, RunResult};
+use kiln_domain::step::Step;
 use kiln_orchestrator::Config;
 
 use crate::stage::{Stage, config, ended, pushed};
@@ -87,66 +88,6 @@ async fn a_builder_lost_after_its_put_has_succeeded() -> Result<()> {
 }
 
 #[tokio::test]
-async fn cancels_of_a_queued_a_running_and_a_finished_build() -> Result<()> {
-    let stage = Stage::set().await?;
-    let _orchestrator = stage.orchestrator(Config { slots: 1, ..config() }).await?;
-    let running = stage.begin("x", |_| {}).await?;
-    stage.until(&running.id, |entry| entry.record.state == State::Running).await?;
-    let queued = stage.begin("y", |_| {}).await?;
-    let answer = stage.cancel(&queued.id).await?.record()?;
-    ensure!(answer.state == State::Cancelled && answer.message == "enough", "at once: {answer:?}");
-
-    stage.cancel(&running.id).await?;
-    stage.until(&running.id, |entry| entry.record.cancel.is_some()).await?;
-    while !stage.engine.is_cancelled(&running.run()) {
-        tokio::task::yield_now().await;
-    }
-    let stopped = Failure::new(FailureReason::Internal, "it was asked to stop");
-    stage.engine.end(&running.run(), ended(RunResult::Failed(stopped), None));
-    stage.until(&running.id, |entry| entry.record.state == State::Cancelled).await?;
-    ensure!(stage.cancel(&running.id).await?.record()?.state == State::Cancelled, "it is idempotent");
-
-    let unknown = BuildId::new(&ImageKey::of("nothing"), [0; 10]);
-    ensure!(stage.cancel(&unknown).await.unwrap_err().code == Code::NotFound);
-    Ok(())
-}
-
-#[tokio::test]
-async fn a_cancel_that_comes_after_the_push_is_a_success() -> Result<()> {
-    let stage = Stage::set().await?;
-    let _orchestrator = stage.orchestrator(config()).await?;
-    let build = stage.begin("x", |_| {}).await?;
-    stage.until(&build.id, |entry| entry.record.state == State::Running).await?;
-    let digest = Digest::of(b"image");
-    stage.push(&build.target_ref, &digest);
-    stage.cancel(&build.id).await?;
-    let stopped = Failure::new(FailureReason::Internal, "it was asked to stop");
-    stage.engine.end(&build.run(), ended(RunResult::Failed(stopped), Some(digest.clone())));
-    let over = stage.until(&build.id, |entry| entry.record.state.is_terminal()).await?;
-    ensure!(
-        (over.record.state, over.record.digest) == (State::Succeeded, Some(digest)),
-        "image and state agree"
-    );
-    Ok(())
-}
-
-#[tokio::test]
-async fn who_is_asked_to_end_lets_go_and_another_adopts_the_same_builder() -> Result<()> {
-    let stage = Stage::set().await?;
-    let first = stage.orchestrator(config()).await?;
-    let build = stage.begin("x", |_| {}).await?;
-    stage.until(&build.id, |entry| entry.record.state == State::Running).await?;
-    let _second = stage.orchestrator(config()).await?;
-    first.cancel();
-    let adopted = stage.until(&build.id, |entry| entry.record.claims == 2).await?;
-    ensure!(adopted.record.attempt == 1 && !stage.engine.is_cancelled(&build.run()));
-    stage.succeed(&build, &Digest::of(b"image"));
-    let over = stage.until(&build.id, |entry| entry.record.state.is_terminal()).await?;
-    ensure!((over.record.state, over.record.attempt) == (State::Succeeded, 1));
-    Ok(())
-}
-
-#[tokio::test]
 async fn a_builder_that_was_started_but_not_said_to_be_is_found() -> Result<()> {
     let stage = Stage::set().await?;
     // A former holder claimed the build and started it; then it died.
@@ -164,17 +105,37 @@ async fn a_builder_that_was_started_but_not_said_to_be_is_found() -> Result<()> 
 }
 
 #[tokio::test]
-async fn the_deadline_ends_a_build_whose_builder_does_not() -> Result<()> {
+async fn the_deadline_ends_a_build_whose_builder_does_not_and_names_what_took_so_long() -> Result<()> {
     let stage = Stage::set().await?;
     let _orchestrator = stage.orchestrator(config()).await?;
-    let build = stage.begin("x", |question| question.timeout_ms = 1).await?;
-    stage.until(&build.id, |entry| entry.record.state == State::Running).await?;
-    while !stage.engine.is_cancelled(&build.run()) {
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    let stopped = Failure::new(FailureReason::Internal, "it was asked to stop");
+    let steps = [(1, "FROM scratch", 40), (2, "RUN make", 61_000), (3, "RUN make install", 900)];
+    let step = |(number, name, milliseconds): (u32, &str, u64)| Step {
+        number,
+        of: 3,
+        name: name.into(),
+        started_at: Timestamp::UNIX_EPOCH,
+        duration_ms: Some(milliseconds),
+        cached: false,
+    };
+    let findings = Findings { steps: steps.map(step).into(), ..Findings::default() };
+    let outcome = Outcome { result: RunResult::Failed(stopped), findings };
+    for (image, left, says) in [
+        ("lost", Ended::default(), "the build took longer than 0 s"),
+        (
+            "told",
+            Ended { outcome: Some(outcome), recorded: None },
+            "the build took longer than 0 s; what ran longest: step 2, RUN make (61 s)",
+        ),
+    ] {
+        let build = stage.begin(image, |question| question.timeout_ms = 1).await?;
+        stage.until(&build.id, |entry| entry.record.state == State::Running).await?;
+        stage.engine.until_cancelled(&build.run()).await;
+        stage.engine.end(&build.run(), left);
+        let over = stage.until(&build.id, |entry| entry.record.state.is_terminal()).await?.record;
+        ensure!((over.reason, over.message.as_str()) == (Some(FailureReason::Timeout), says), "{over:?}");
+        ensure!(over.attempt == 1, "it is not tried again");
     }
-    stage.engine.end(&build.run(), Ended::default());
-    let over = stage.until(&build.id, |entry| entry.record.state.is_terminal()).await?;
-    ensure!(over.record.reason == Some(FailureReason::Timeout), "{over:?}");
     Ok(())
 }
 
@@ -207,9 +168,7 @@ async fn a_build_given_up_was_started_by_an_earlier_holder_all_the_same() -> Res
     stage.engine.begin(&run);
     let _orchestrator = stage.orchestrator(config()).await?;
     // It is stopped before anything is said of it, and what it had pushed by then counts.
-    while !stage.engine.is_cancelled(&run) {
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    }
+    stage.engine.until_cancelled(&run).await;
     let running = stage.journal.last_of_build(&record.id).await?;
     ensure!(
         running.is_some_and(|entry| !entry.record.state.is_terminal()),

@@ -2,6 +2,9 @@
 
 #![cfg(test)]
 
+mod cancel;
 mod lifecycle;
 mod single_flight;
 mod stage;
+mod starting;
+mod take_over;

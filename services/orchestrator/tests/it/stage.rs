@@ -5,6 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use futures::StreamExt as _;
+use kiln_bus::events;
+use kiln_bus::holders::Holders;
 use kiln_bus::journal::{Entry, Journal};
 use kiln_bus::layout::Layout;
 use kiln_bus::seal::OpenKey;
@@ -15,6 +18,7 @@ use kiln_contract::orchestrator::{Build, BuildAnswer, Cancel, RecordAt, source_t
 use kiln_contract::resolver::{
     FindImage, FoundImage, ResolveCommit, ResolveImage, ResolvedCommit, ResolvedImage,
 };
+use kiln_domain::engine::Engine;
 use kiln_domain::id::BuildId;
 use kiln_domain::record::Record;
 use kiln_domain::reference::{Digest, ImageReference};
@@ -23,11 +27,15 @@ use kiln_domain::source::Source;
 use kiln_orchestrator::{Config, Parts};
 use kiln_testkit::engine::FakeEngine;
 use kiln_testkit::nats::{self, NatsServer};
+use kiln_testkit::wire::Wire;
 use prometheus_client::registry::Registry;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 const SOON: Duration = Duration::from_secs(30);
+/// Seconds of a lease, so that a test needn't wait for half a minute until one lapses.
+const SHORT: u64 = 3;
 
 pub(crate) struct Stage {
     server: NatsServer,
@@ -37,6 +45,8 @@ pub(crate) struct Stage {
     key: OpenKey,
     /// What lies at each target.
     images: Arc<Mutex<HashMap<String, Digest>>>,
+    /// Open, unless the registry is to keep everybody waiting; and how many wait.
+    registry: Arc<Gate>,
     _resolver: Server,
     tasks: TaskTracker,
 }
@@ -57,12 +67,17 @@ impl Stage {
         bus.provision(&layout).await?;
         let images: Arc<Mutex<HashMap<String, Digest>>> = Arc::default();
         let resolver = Server::start(&bus, "resolver", &mut Registry::default()).await?;
-        let lying = images.clone();
+        let registry = Arc::new(Gate::default());
+        let (lying, gate) = (images.clone(), registry.clone());
         resolver
             .answer(move |question: FindImage| {
-                let images = lying.lock().unwrap_or_else(PoisonError::into_inner);
-                let digest = images.get(&question.reference).map(ToString::to_string).unwrap_or_default();
-                async move { Ok(FoundImage { digest }) }
+                let (lying, gate) = (lying.clone(), gate.clone());
+                async move {
+                    gate.pass().await;
+                    let images = lying.lock().unwrap_or_else(PoisonError::into_inner);
+                    let digest = images.get(&question.reference).map(ToString::to_string).unwrap_or_default();
+                    Ok(FoundImage { digest })
+                }
             })
             .await?;
         resolver
@@ -80,6 +95,7 @@ impl Stage {
             engine: Arc::new(FakeEngine::default()),
             key: OpenKey::from_seed(OpenKey::new_seed()?)?,
             images,
+            registry,
             _resolver: resolver,
             tasks: TaskTracker::new(),
         })
@@ -87,13 +103,35 @@ impl Stage {
 
     /// Starts an orchestrator and waits until it answers; it ends with the token.
     pub(crate) async fn orchestrator(&self, config: Config) -> Result<CancellationToken> {
+        self.orchestrator_at(&self.server.url(), Lease::default(), self.engine.clone(), config).await
+    }
+
+    /// One that reaches the bus over a wire, holds a short lease, and has an engine of its own, with the same runs.
+    pub(crate) async fn orchestrator_on(&self, wire: &Wire) -> Result<(CancellationToken, Arc<FakeEngine>)> {
+        let (url, engine) = (format!("nats://{}", wire.address()), Arc::new(self.engine.elsewhere()));
+        let stop = self.orchestrator_at(&url, Lease::of_seconds(SHORT), engine.clone(), config()).await?;
+        Ok((stop, engine))
+    }
+
+    /// Somebody who takes no part, and sees who lives.
+    pub(crate) async fn observer(&self) -> Result<Holders> {
+        Ok(Holders::start(&self.bus, "observer", "", None, Lease::of_seconds(SHORT), &self.tasks).await?)
+    }
+
+    pub(crate) async fn orchestrator_at(
+        &self,
+        url: &str,
+        lease: Lease,
+        engine: Arc<dyn Engine>,
+        config: Config,
+    ) -> Result<CancellationToken> {
         let stop = CancellationToken::new();
         let parts = Parts {
-            bus: connect(&self.server.url()).await?,
-            engine: self.engine.clone(),
+            bus: connect(url).await?,
+            engine,
             open_key: self.key.clone(),
             life: String::new(),
-            lease: Lease::default(),
+            lease,
             metrics: Registry::default(),
         };
         let (ready, answers) = tokio::sync::oneshot::channel();
@@ -149,6 +187,43 @@ impl Stage {
         }
     }
 
+    /// A wire to the bus.
+    pub(crate) async fn wire(&self) -> Result<Wire> {
+        Wire::to(&self.server.address()).await
+    }
+
+    /// The events of a build up to its last one, each with its name.
+    pub(crate) async fn history(&self, id: &BuildId) -> Result<Vec<(String, events::Event)>> {
+        let last = self.journal.last_of_build(id).await?.context("no such build")?.sequence;
+        let mut events =
+            std::pin::pin!(events::subscribe(&self.server.url(), events::From::Beginning).await?);
+        let mut history = Vec::new();
+        while let Some(event) = tokio::time::timeout(SOON, events.next()).await?.transpose()? {
+            if event.build == id.as_str() {
+                let name = event.kind.rsplit('.').nth(1).unwrap_or_default().to_owned();
+                history.push((name, event.clone()));
+            }
+            if event.sequence >= last {
+                break;
+            }
+        }
+        Ok(history)
+    }
+
+    /// The names of a build's events.
+    pub(crate) async fn events(&self, id: &BuildId) -> Result<Vec<String>> {
+        Ok(self.history(id).await?.into_iter().map(|(event, _)| event).collect())
+    }
+
+    /// From now on whoever asks what lies at a target waits, until the gate is opened.
+    pub(crate) fn registry(&self) -> &Gate {
+        &self.registry
+    }
+
+    pub(crate) fn image(&self, reference: &str) -> Option<Digest> {
+        self.images.lock().unwrap_or_else(PoisonError::into_inner).get(reference).cloned()
+    }
+
     pub(crate) fn push(&self, reference: &str, digest: &Digest) {
         self.images.lock().unwrap_or_else(PoisonError::into_inner).insert(reference.into(), digest.clone());
     }
@@ -157,6 +232,37 @@ impl Stage {
     pub(crate) fn succeed(&self, record: &Record, digest: &Digest) {
         self.push(&record.target_ref, digest);
         self.engine.end(&record.run(), pushed(digest));
+    }
+}
+
+/// Where questions wait while it is shut.
+#[derive(Default)]
+pub(crate) struct Gate {
+    shut: watch::Sender<bool>,
+    waiting: watch::Sender<usize>,
+}
+
+impl Gate {
+    pub(crate) fn shut(&self) {
+        self.shut.send_replace(true);
+    }
+
+    pub(crate) fn open(&self) {
+        self.shut.send_replace(false);
+    }
+
+    /// Returns once somebody waits.
+    pub(crate) async fn somebody_waits(&self) -> Result<()> {
+        let mut waiting = self.waiting.subscribe();
+        tokio::time::timeout(SOON, waiting.wait_for(|waiting| *waiting > 0)).await??;
+        Ok(())
+    }
+
+    async fn pass(&self) {
+        self.waiting.send_modify(|waiting| *waiting += 1);
+        // Fails only where the sender is gone, which we hold.
+        let _ = self.shut.subscribe().wait_for(|shut| !shut).await;
+        self.waiting.send_modify(|waiting| *waiting -= 1);
     }
 }
 

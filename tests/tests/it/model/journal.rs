@@ -105,7 +105,7 @@ impl Append {
                 let handle = Handle::new(self.after.record.run().as_str());
                 Change::Started { by, handle, engine: "local".into() }
             }
-            (Act::Released, Some(by)) => Change::Released { by },
+            (Act::Released, Some(by)) => Change::Released { by, why: None },
             (Act::Retrying, Some(by)) => Change::Retrying { by, why: String::new() },
             (Act::Succeeded(image), Some(by)) => Change::Succeeded { by, digest: digest(image), findings },
             (act, None) => unreachable!("{act:?} is for holders"),
