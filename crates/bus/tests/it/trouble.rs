@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use async_nats::jetstream;
+use futures::TryStreamExt as _;
 use kiln_bus::journal::{AppendError, Entry, Journal};
 use kiln_bus::logs::Logs;
 use kiln_bus::secrets::SecretsBucket;
@@ -155,5 +156,61 @@ async fn a_purged_journal_is_seen_and_an_append_to_what_is_gone_says_so() -> Res
     ensure!(begun.elapsed() < Duration::from_secs(3));
     ensure!(matches!(tokio::time::timeout(SOON, changes.recv()).await??, News::BegunAnew));
     ensure!(view.active().is_empty());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_view_whose_consumer_was_deleted_makes_another() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let journal = Journal::open(&bus).await?;
+    let view = View::start(&bus, 100, &TaskTracker::new(), &CancellationToken::new());
+    let first = queue(&journal, 1).await?;
+    ensure!(view.reached(first.sequence, SOON).await);
+    let stream = by_hand(&server).await?.get_stream(subject::JOURNAL_STREAM).await?;
+    let consumers: Vec<String> = stream.consumer_names().try_collect().await?;
+    ensure!(!consumers.is_empty());
+    for consumer in consumers {
+        stream.delete_consumer(&consumer).await?;
+    }
+    let second = queue(&journal, 2).await?;
+    ensure!(view.reached(second.sequence, Duration::from_secs(60)).await, "it stands still");
+    ensure!(view.active().len() == 2);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_without_its_majority_is_an_error_soon_and_heals() -> Result<()> {
+    let mut cluster = nats::run_cluster(3).await?;
+    let urls: Vec<_> = cluster.nodes.iter().map(nats::NatsServer::url).collect();
+    let bus = provisioned(&urls.join(","), 3).await?;
+    let (journal, secrets) = (Journal::open(&bus).await?, SecretsBucket::open(&bus).await?);
+    let view = View::start(&bus, 100, &TaskTracker::new(), &CancellationToken::new());
+    let before = queue(&journal, 1).await?;
+    for node in &mut cluster.nodes[1..] {
+        node.kill();
+    }
+    // What the servers don't answer ends at the bus's own limits: ten seconds for an append, five for a read.
+    let begun = Instant::now();
+    let record = records::queued("lost", [9; 10])?;
+    let appended = journal.append(None, &Change::Queued(Box::new(record.clone())), &instance(1)?).await;
+    ensure!(matches!(appended, Err(AppendError::Bus(BusError::Unavailable { .. }))), "{appended:?}");
+    let put = secrets.put(&record.id, "x".into()).await;
+    ensure!(matches!(put, Err(BusError::Unavailable { .. })), "{put:?}");
+    ensure!(begun.elapsed() < Duration::from_secs(30), "they took {:?}", begun.elapsed());
+    for node in &mut cluster.nodes[1..] {
+        node.start_again().await?;
+    }
+    let again = async {
+        loop {
+            match queue(&journal, 2).await {
+                Ok(entry) => return entry,
+                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            }
+        }
+    };
+    let after = tokio::time::timeout(Duration::from_secs(90), again).await?;
+    ensure!(view.reached(after.sequence, Duration::from_secs(60)).await, "the view catches up by itself");
+    ensure!(view.get(&before.record.id).is_some() && view.get(&after.record.id).is_some());
     Ok(())
 }
