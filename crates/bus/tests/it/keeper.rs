@@ -15,7 +15,7 @@ use kiln_domain::transition::Change;
 use kiln_testkit::nats::{self, NatsServer};
 use kiln_testkit::records;
 use prometheus_client::registry::Registry;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
 use crate::parts::{connect, instance, layout, provisioned};
@@ -25,19 +25,15 @@ const SOON: Duration = Duration::from_secs(30);
 /// A keeper at work, and what it counts.
 struct AtWork {
     registry: Registry,
-    task: JoinHandle<()>,
-}
-
-impl Drop for AtWork {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
+    /// Ends with this.
+    _task: JoinSet<()>,
 }
 
 fn keeper(bus: &Bus, layout: &Layout) -> AtWork {
     let mut registry = Registry::with_prefix("kiln_bus");
-    let task = tokio::spawn(Keeper::new(bus, layout, &mut registry).keep());
-    AtWork { registry, task }
+    let mut task = JoinSet::new();
+    task.spawn(Keeper::new(bus, layout, &mut registry).keep());
+    AtWork { registry, _task: task }
 }
 
 impl AtWork {
