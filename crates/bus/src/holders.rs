@@ -8,10 +8,10 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use async_nats::jetstream::context::PublishErrorKind;
+use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::kv::{Operation, Store};
-use async_nats::jetstream::message::PublishMessage;
-use async_nats::jetstream::stream::LastRawMessageErrorKind;
+use async_nats::jetstream::message::{PublishMessage, StreamMessage};
+use async_nats::jetstream::stream::{LastRawMessageError, LastRawMessageErrorKind};
 use futures::StreamExt as _;
 use kiln_contract::bucket;
 use kiln_domain::id::InstanceId;
@@ -24,6 +24,7 @@ use crate::connection::{Bus, PATIENCE};
 use crate::error::BusError;
 use crate::lease::Lease;
 
+const RENEW: &str = "renew the lease";
 /// Before a renewal that failed is tried again.
 const RENEW_AGAIN: Duration = Duration::from_secs(1);
 
@@ -158,14 +159,18 @@ impl Holders {
                 return Ok(false);
             }
         }
-        match self.shared.store.stream.get_last_raw_message_by_subject(&key(instance)).await {
+        match self.last(instance).await? {
             Ok(message) => {
                 // A marker that the server left when the lease lapsed, or our own delete.
                 let dead = message.headers.get("KV-Operation").is_some()
                     || message.headers.get("Nats-Marker-Reason").is_some();
                 Ok(dead)
             }
-            Err(error) if matches!(error.kind(), LastRawMessageErrorKind::NoMessageFound) => Ok(true),
+            Err(error) if matches!(error.kind(), LastRawMessageErrorKind::NoMessageFound) => {
+                // Where ours is missing too, the bucket was emptied: that says nothing of others.
+                let me = self.mine().instance.clone();
+                Ok(self.last(&me).await?.is_ok())
+            }
             Err(error) => Err(BusError::unavailable("read a lease", error)),
         }
     }
@@ -190,54 +195,41 @@ impl Holders {
     }
 
     async fn keep_renewing(&self) {
+        let mut failing = false;
         loop {
-            let pause = match self.renew().await {
-                Ok(()) => self.shared.lease.renew_every(),
-                Err(error) => {
-                    tracing::warn!("the lease could not be renewed: {error}");
-                    RENEW_AGAIN
+            let renewed = self.renew().await;
+            let failed = renewed.is_err();
+            match (renewed, failing) {
+                (Err(error), false) => {
+                    tracing::warn!("the lease can't be renewed, trying again each second: {error}")
                 }
-            };
-            tokio::time::sleep(pause).await;
+                (Err(error), true) => tracing::debug!("the lease still can't be renewed: {error}"),
+                (Ok(()), true) => tracing::info!("the lease is renewed again"),
+                (Ok(()), false) => {}
+            }
+            failing = failed;
+            tokio::time::sleep(if failed { RENEW_AGAIN } else { self.shared.lease.renew_every() }).await;
         }
     }
 
     async fn renew(&self) -> Result<(), BusError> {
-        const RENEW: &str = "renew the lease";
-        let lease = self.shared.lease;
         let before = self.mine().clone();
         let sent = Instant::now();
-        if before.revision > 0 && before.renewed.elapsed() >= lease.ttl() {
+        if before.revision > 0 && before.renewed.elapsed() >= self.shared.lease.ttl() {
             self.begin_anew(sent)?;
             return Err(BusError::Refused {
                 operation: RENEW,
                 detail: format!("{} has lapsed", before.instance),
             });
         }
-        let message = PublishMessage::build()
-            .payload(self.shared.says.clone().into())
-            .expected_last_subject_sequence(before.revision)
-            .ttl(lease.ttl());
-        let published = self.shared.bus.js.send_publish(key(&before.instance), message).await;
-        let ack = match published {
-            Ok(ack) => ack.await,
-            Err(error) => Err(error),
-        };
-        match ack {
-            Ok(ack) => {
-                let mut mine = self.mine();
-                if before.renewed.elapsed() >= lease.act_for() {
-                    mine.settled = sent + lease.settle();
-                }
-                mine.revision = ack.sequence;
-                mine.renewed = sent;
+        match self.write(&before.instance, before.revision).await? {
+            Ok(revision) => {
+                self.renewed(&before, revision, sent, false);
                 Ok(())
             }
             // Our own renewal whose answer was lost, or the lapse: either way the sequence we knew is gone.
             Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => {
-                let last =
-                    self.shared.store.stream.get_last_raw_message_by_subject(&key(&before.instance)).await;
-                match last {
+                match self.last(&before.instance).await? {
                     Ok(last)
                         if last.payload == self.shared.says.as_bytes()
                             && last.headers.get("Nats-TTL").is_some() =>
@@ -252,11 +244,60 @@ impl Holders {
                             detail: format!("{} has lapsed", before.instance),
                         })
                     }
+                    // Not lapsed, which leaves a marker: the bucket was purged, or made anew. Of the others some may not have
+                    // written theirs again yet, and are not dead.
+                    Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => {
+                        let again = self.write(&before.instance, 0).await?;
+                        let revision = again.map_err(|error| BusError::unavailable(RENEW, error))?;
+                        tracing::error!(
+                            "the bucket of leases was emptied: the lease of {} is written again",
+                            before.instance
+                        );
+                        self.renewed(&before, revision, sent, true);
+                        Ok(())
+                    }
                     Err(error) => Err(BusError::unavailable(RENEW, error)),
                 }
             }
             Err(error) => Err(BusError::unavailable(RENEW, error)),
         }
+    }
+
+    /// Writes a lease on top of its revision, and gives the new one.
+    async fn write(
+        &self,
+        instance: &InstanceId,
+        revision: u64,
+    ) -> Result<Result<u64, PublishError>, BusError> {
+        let message = PublishMessage::build()
+            .payload(self.shared.says.clone().into())
+            .expected_last_subject_sequence(revision)
+            .ttl(self.shared.lease.ttl());
+        let written = async {
+            let ack = self.shared.bus.js.send_publish(key(instance), message).await?.await?;
+            Ok(ack.sequence)
+        };
+        self.shared.bus.attend(RENEW, written).await
+    }
+
+    /// What the bucket's leader holds of an instance.
+    async fn last(
+        &self,
+        instance: &InstanceId,
+    ) -> Result<Result<StreamMessage, LastRawMessageError>, BusError> {
+        let key = key(instance);
+        let last = self.shared.store.stream.get_last_raw_message_by_subject(&key);
+        self.shared.bus.attend("read a lease", last).await
+    }
+
+    /// `unsettled`: who else lives isn't sure for a while.
+    fn renewed(&self, before: &Mine, revision: u64, sent: Instant, unsettled: bool) {
+        let mut mine = self.mine();
+        if unsettled || before.renewed.elapsed() >= self.shared.lease.act_for() {
+            mine.settled = sent + self.shared.lease.settle();
+        }
+        mine.revision = revision;
+        mine.renewed = sent;
     }
 
     fn begin_anew(&self, now: Instant) -> Result<(), BusError> {

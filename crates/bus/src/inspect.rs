@@ -263,13 +263,13 @@ fn fullness(what: &str, info: &Info) -> Option<Finding> {
     })
 }
 
-fn share(bytes: u64, max_bytes: i64) -> Option<u64> {
+pub(crate) fn share(bytes: u64, max_bytes: i64) -> Option<u64> {
     let max = u64::try_from(max_bytes).ok().filter(|max| *max > 0)?;
     Some(bytes.saturating_mul(100) / max)
 }
 
 /// What a bucket's stream is to be: its own name, and its configuration as async-nats makes it.
-fn of_bucket(config: kv::Config) -> (String, Config) {
+pub(crate) fn of_bucket(config: kv::Config) -> (String, Config) {
     let stream = Config {
         name: format!("KV_{}", config.bucket),
         subjects: vec![format!("$KV.{}.>", config.bucket)],
@@ -291,7 +291,7 @@ fn of_bucket(config: kv::Config) -> (String, Config) {
 type Field<'a> = (&'static str, &'a dyn Fn(&Config) -> String);
 
 /// `field is X, not Y` for each that differs.
-fn differences(wanted: &Config, found: &Config) -> Vec<String> {
+pub(crate) fn differences(wanted: &Config, found: &Config) -> Vec<String> {
     let unbounded = |limit: i64| if limit > 0 { limit.to_string() } else { "unlimited".to_owned() };
     let age = |age: Duration| format!("{} s", age.as_secs());
     let sorted = |subjects: &[String]| {

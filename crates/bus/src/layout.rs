@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use async_nats::jetstream::context::CreateStreamErrorKind;
 use async_nats::jetstream::{kv, stream};
 use kiln_contract::{bucket, subject};
 
@@ -52,25 +53,32 @@ impl Bus {
     }
 
     async fn try_provision(&self, layout: &Layout) -> Result<(), BusError> {
+        let refused = |detail| BusError::Refused { operation: "provision", detail };
         for config in streams(layout) {
             let name = config.name.clone();
             let made = async {
-                match self.js.create_stream(config.clone()).await {
+                let Err(why) = self.js.create_stream(config.clone()).await else { return Ok(()) };
+                // It exists, made otherwise; or another process makes it now.
+                match self.js.update_stream(config).await {
                     Ok(_) => Ok(()),
-                    // It exists, made otherwise; or another process makes it now.
-                    Err(_) => self.js.update_stream(config).await.map(|_| ()),
+                    Err(error) if error.kind() == CreateStreamErrorKind::NotFound => {
+                        Err(format!("it can't be made: {why}"))
+                    }
+                    Err(error) => {
+                        Err(format!("it is there, and can't be changed to these settings: {error}"))
+                    }
                 }
             };
-            made.await.map_err(|error| BusError::Refused {
-                operation: "provision",
-                detail: format!("stream {name}: {error}"),
-            })?;
+            made.await.map_err(|why| refused(format!("stream {name}: {why}")))?;
         }
         for config in buckets(layout) {
             let name = config.bucket.clone();
-            self.js.create_or_update_key_value(config).await.map_err(|error| BusError::Refused {
-                operation: "provision",
-                detail: format!("bucket {name}: {error}"),
+            let made = self.js.create_or_update_key_value(config).await;
+            made.map_err(|error| {
+                let why = std::error::Error::source(&error).map(|why| format!(": {why}")).unwrap_or_default();
+                refused(format!(
+                    "bucket {name}: it can't be made, or changed to these settings: {error}{why}"
+                ))
             })?;
         }
         Ok(())

@@ -12,6 +12,7 @@ pub mod events;
 pub mod holders;
 pub mod inspect;
 pub mod journal;
+pub mod keeper;
 pub mod layout;
 pub mod lease;
 pub mod logs;

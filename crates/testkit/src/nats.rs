@@ -134,6 +134,13 @@ impl NatsServer {
         self.signal(Signal::CONT)
     }
 
+    /// As somebody's hand does it: the stream and all that it holds is gone.
+    pub async fn delete_stream(&self, stream: &str) -> Result<()> {
+        let js = async_nats::jetstream::new(async_nats::connect(self.url()).await?);
+        js.delete_stream(stream).await?;
+        Ok(())
+    }
+
     /// Starts it on its port and its store, after [`NatsServer::kill`] or [`NatsServer::stop`], and waits until it
     /// listens.
     pub async fn start_again(&mut self) -> Result<()> {

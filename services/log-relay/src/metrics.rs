@@ -14,6 +14,7 @@ pub(crate) struct Metrics {
     pub(crate) taken_over: Counter,
     pub(crate) withheld: Counter,
     pub(crate) limited: Counter,
+    pub(crate) emptied: Counter,
     pub(crate) unfinished: Counter,
 }
 
@@ -35,6 +36,11 @@ impl Metrics {
             metrics.withheld.clone(),
         );
         registry.register("logs_limited", "Logs that reached their size limit", metrics.limited.clone());
+        registry.register(
+            "logs_emptied",
+            "Logs whose stored bytes were gone before their end",
+            metrics.emptied.clone(),
+        );
         registry.register(
             "logs_unfinished",
             "Outputs whose end could not be read",

@@ -194,13 +194,29 @@ async fn append(
             bytes = joined.freeze();
         }
         let length = bytes.len() as u64;
-        writer.append(bytes, source, complete).await?;
+        match writer.append(bytes.clone(), source.clone(), complete).await {
+            Err(AppendError::Emptied { id, end }) => {
+                tracing::error!(build.id = %id, "what was stored of the log of {id} is gone, up to byte {end}; it goes on from there");
+                metrics.emptied.inc();
+                say_emptied(&mut writer, end).await?;
+                writer.append(bytes, source, complete).await?;
+            }
+            appended => appended?,
+        }
         metrics.chunks.inc();
         metrics.bytes.inc_by(length);
         if complete {
             return Ok(());
         }
     }
+}
+
+/// Says in the log itself that what was before is lost, and counts on from there: an offset means what it meant.
+async fn say_emptied(writer: &mut LogWriter, end: u64) -> Result<(), AppendError> {
+    let line =
+        format!("\nkiln: the {end} bytes of the log before this line are lost: the bus keeps them no more\n");
+    let source = writer.source().clone();
+    writer.append(line.into(), source, false).await
 }
 
 async fn tell_steps(

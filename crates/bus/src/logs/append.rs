@@ -20,6 +20,10 @@ pub enum AppendError {
     /// Another has claimed the log, or has completed it: this writer's time is over.
     #[error("another writer has the log of `{id}` now")]
     Replaced { id: BuildId },
+    /// The stream holds nothing of this log any more: somebody deleted or emptied it, or its age took all. Nothing was appended.
+    /// The writer stands, and goes on at its offset with the next append, which may say so in the log.
+    #[error("what was stored of the log of `{id}` is gone, up to byte {end}")]
+    Emptied { id: BuildId, end: u64 },
     #[error(transparent)]
     Bus(#[from] BusError),
 }
@@ -99,8 +103,11 @@ impl LogWriter {
                 // Not there yet, or never to come: the same is sent again, and one of the two is stored.
                 Ok(Some(tail)) if tail.sequence == self.sequence => {}
                 Ok(Some(_)) => return Err(AppendError::Replaced { id: self.id.clone() }),
-                // Retention has removed all of it under the writer, which goes on where it was.
-                Ok(None) => self.sequence = 0,
+                Ok(None) if self.sequence > 0 => {
+                    self.sequence = 0;
+                    return Err(AppendError::Emptied { id: self.id.clone(), end: self.end });
+                }
+                Ok(None) => {}
                 Err(BusError::Unavailable { .. }) => {}
                 Err(error) => return Err(error.into()),
             }

@@ -13,7 +13,7 @@ use tokio::sync::{Notify, OnceCell, broadcast, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::message::LogMessage;
-use super::{Logs, Shared};
+use super::{LogTail, Logs, Shared};
 use crate::error::BusError;
 
 /// Chunks that a follower may be behind before it goes back to the stream. A chunk is freed once all have it.
@@ -31,10 +31,10 @@ pub(super) struct Live {
 
 struct Feed {
     ring: broadcast::Sender<LogMessage>,
-    /// The highest sequence that came.
+    /// The sequence of the last message that came. It begins anew with the stream.
     last: AtomicU64,
-    /// The highest sequence that the leader told.
-    told: watch::Sender<u64>,
+    /// The last message, as the leader told it when it was another than the last that came.
+    told: watch::Sender<Option<Arc<LogTail>>>,
     check: Notify,
 }
 
@@ -42,7 +42,7 @@ struct Feed {
 pub(super) struct Follower {
     live: Arc<Live>,
     ring: broadcast::Receiver<LogMessage>,
-    told: watch::Receiver<u64>,
+    told: watch::Receiver<Option<Arc<LogTail>>>,
 }
 
 /// What a follower hears.
@@ -50,6 +50,8 @@ pub(super) enum Heard {
     Chunk(LogMessage),
     /// Something up to this sequence is in the stream that did not come this way.
     Behind(u64),
+    /// This is the log's last message, and it may be that nothing of it came this way.
+    Tail(Arc<LogTail>),
 }
 
 impl Logs {
@@ -104,7 +106,7 @@ impl Live {
         let feed = Feed {
             ring: broadcast::Sender::new(RING),
             last: AtomicU64::new(0),
-            told: watch::Sender::new(0),
+            told: watch::Sender::new(None),
             check: Notify::new(),
         };
         Self { id, owner, begun: OnceCell::new(), feed: Arc::new(feed) }
@@ -125,7 +127,7 @@ impl Feed {
         while let Some(message) = messages.next().await {
             match LogMessage::sent(message) {
                 Ok(message) => {
-                    self.last.fetch_max(message.sequence, Ordering::Relaxed);
+                    self.last.store(message.sequence, Ordering::Relaxed);
                     // Nobody listens only in the moment before the end.
                     let _ = self.ring.send(message);
                 }
@@ -140,18 +142,17 @@ impl Feed {
         loop {
             let asked = tokio::time::timeout(IDLE, self.check.notified()).await.is_ok();
             let last = self.last.load(Ordering::Relaxed);
-            if last > before && !asked {
+            if last != before && !asked {
                 before = last;
                 continue;
             }
             let Some(shared) = shared.upgrade() else { return };
             // Away: it is asked again after the next pause.
             if let Ok(Some(tail)) = (Logs { shared }).tail(&id).await
-                && tail.sequence > last
+                && tail.sequence != last
             {
-                self.told.send_if_modified(|told| {
-                    tail.sequence > std::mem::replace(told, tail.sequence.max(*told))
-                });
+                let tail = Some(Arc::new(tail));
+                self.told.send_if_modified(|told| tail != std::mem::replace(told, tail.clone()));
             }
         }
     }
@@ -169,7 +170,10 @@ impl Follower {
                 Err(broadcast::error::RecvError::Closed) => Err(BusError::unavailable("follow a log", "the connection is closed")),
             },
             // Fails only when its sender is gone, which `self` holds.
-            _ = self.told.changed() => Ok(Heard::Behind(*self.told.borrow_and_update())),
+            _ = self.told.changed() => {
+                let told = self.told.borrow_and_update().clone();
+                Ok(told.map_or(Heard::Behind(0), Heard::Tail))
+            }
         }
     }
 

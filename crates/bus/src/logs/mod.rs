@@ -79,12 +79,12 @@ pub struct LogTail {
 /// Why a log can't be read.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum LogError {
-    /// Retention has removed what was asked for.
-    #[error("the log of `{id}` begins at byte {first} now: byte {wanted} was discarded by retention")]
+    /// What was asked for is gone: retention has removed it, or the stream was deleted or emptied.
+    #[error("the log of `{id}` begins at byte {first} now: byte {wanted} is kept no more")]
     Discarded { id: BuildId, wanted: u64, first: u64 },
     #[error("the log of `{id}` ends at byte {end}: there is no byte {wanted}")]
     Beyond { id: BuildId, wanted: u64, end: u64 },
-    #[error("there is no log of `{id}`: nothing was written, or retention has removed all of it")]
+    #[error("there is no log of `{id}`: nothing was written, or it is kept no more")]
     NotFound { id: BuildId },
     #[error(transparent)]
     Bus(#[from] BusError),

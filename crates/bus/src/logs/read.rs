@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::live::{Follower, Heard};
 use super::message::LogMessage;
-use super::{LogError, Logs, patiently};
+use super::{LogError, LogTail, Logs, patiently};
 
 /// A piece of a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -197,6 +197,9 @@ impl Reader {
         };
         tokio::select! {
             heard = follower.hear() => match heard? {
+                Heard::Chunk(message) if self.is_anew(&message.meta) => self.begin_anew(message.sequence),
+                Heard::Tail(tail) if self.is_anew(&tail) => self.begin_anew(tail.sequence),
+                Heard::Tail(tail) => self.target = self.target.max(tail.sequence),
                 Heard::Chunk(message) if message.sequence <= self.seen => {}
                 Heard::Chunk(message) if message.previous > self.seen => self.target = self.target.max(message.sequence),
                 Heard::Chunk(message) => self.fetched.push_back(message),
@@ -210,6 +213,20 @@ impl Reader {
             () = too_late => return Err(LogError::NotFound { id: self.id.clone() }),
         }
         Ok(())
+    }
+
+    /// Whether a message that stands where the reader has been says what it doesn't know: then the stream was deleted or
+    /// emptied, and its sequences have begun anew.
+    fn is_anew(&self, message: &LogTail) -> bool {
+        message.sequence <= self.seen
+            && self.offset.is_some_and(|offset| message.end > offset || message.complete)
+    }
+
+    /// Reads what is there now, up to a sequence. The offset stays: a log goes on where it was.
+    fn begin_anew(&mut self, target: u64) {
+        self.seen = 0;
+        self.target = target;
+        self.fetched.clear();
     }
 
     /// What of a message is new to the caller.

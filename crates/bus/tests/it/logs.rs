@@ -383,10 +383,12 @@ async fn what_is_not_there_is_said() -> Result<()> {
     assert_eq!(read(&logs, &id, Start::Beginning, Until::Now).await?, (10, b"abc".to_vec(), false));
     assert_eq!(read(&logs, &id, Start::Tail(100), Until::Now).await?, (10, b"abc".to_vec(), false));
 
-    // All of it goes, under a writer that goes on.
+    // All of it goes, under a writer that hears of it and goes on.
     stream.purge().filter(subject::log(&id)).await?;
     let none = failed(&id, Start::Beginning, Until::Now).await;
     assert!(matches!(none, Err(Ok(LogError::NotFound { .. }))), "{none:?}");
+    let emptied = write(&mut writer, &["lost".into()]).await.map_err(|error| error.downcast::<AppendError>());
+    assert!(matches!(emptied, Err(Ok(AppendError::Emptied { end: 13, .. }))), "{emptied:?}");
     write(&mut writer, &["def".into()]).await?;
     assert_eq!(read(&logs, &id, Start::Beginning, Until::Now).await?, (13, b"def".to_vec(), false));
     Ok(())

@@ -5,7 +5,9 @@
 mod holders;
 mod inspect;
 mod journal;
+mod keeper;
 mod logs;
 mod parts;
+mod provision;
 mod trouble;
 mod view;

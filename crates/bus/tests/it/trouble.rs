@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use async_nats::jetstream;
+use bytes::Bytes;
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use kiln_bus::journal::{AppendError, Entry, Journal};
-use kiln_bus::logs::Logs;
+use kiln_bus::logs::{self as log, Chunk, LogError, Logs, Source, Start, Until};
 use kiln_bus::secrets::SecretsBucket;
 use kiln_bus::view::{News, View};
 use kiln_bus::{Bus, BusError};
@@ -156,4 +158,99 @@ async fn a_purged_journal_is_seen_and_an_append_to_what_is_gone_says_so() -> Res
     ensure!(matches!(tokio::time::timeout(SOON, changes.recv()).await??, News::BegunAnew));
     ensure!(view.active().is_empty());
     Ok(())
+}
+
+#[tokio::test]
+async fn a_view_whose_consumer_was_deleted_makes_another() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let journal = Journal::open(&bus).await?;
+    let view = View::start(&bus, 100, &TaskTracker::new(), &CancellationToken::new());
+    let first = queue(&journal, 1).await?;
+    ensure!(view.reached(first.sequence, SOON).await);
+    let stream = by_hand(&server).await?.get_stream(subject::JOURNAL_STREAM).await?;
+    let consumers: Vec<String> = stream.consumer_names().try_collect().await?;
+    ensure!(!consumers.is_empty());
+    for consumer in consumers {
+        stream.delete_consumer(&consumer).await?;
+    }
+    let second = queue(&journal, 2).await?;
+    ensure!(view.reached(second.sequence, Duration::from_secs(60)).await, "it stands still");
+    ensure!(view.active().len() == 2);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_without_its_majority_is_an_error_soon_and_heals() -> Result<()> {
+    let mut cluster = nats::run_cluster(3).await?;
+    let urls: Vec<_> = cluster.nodes.iter().map(nats::NatsServer::url).collect();
+    let bus = provisioned(&urls.join(","), 3).await?;
+    let (journal, secrets) = (Journal::open(&bus).await?, SecretsBucket::open(&bus).await?);
+    let view = View::start(&bus, 100, &TaskTracker::new(), &CancellationToken::new());
+    let before = queue(&journal, 1).await?;
+    for node in &mut cluster.nodes[1..] {
+        node.kill();
+    }
+    // What the servers don't answer ends at the bus's own limits: ten seconds for an append, five for a read.
+    let begun = Instant::now();
+    let record = records::queued("lost", [9; 10])?;
+    let appended = journal.append(None, &Change::Queued(Box::new(record.clone())), &instance(1)?).await;
+    ensure!(matches!(appended, Err(AppendError::Bus(BusError::Unavailable { .. }))), "{appended:?}");
+    let put = secrets.put(&record.id, "x".into()).await;
+    ensure!(matches!(put, Err(BusError::Unavailable { .. })), "{put:?}");
+    ensure!(begun.elapsed() < Duration::from_secs(30), "they took {:?}", begun.elapsed());
+    for node in &mut cluster.nodes[1..] {
+        node.start_again().await?;
+    }
+    let again = async {
+        loop {
+            match queue(&journal, 2).await {
+                Ok(entry) => return entry,
+                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            }
+        }
+    };
+    let after = tokio::time::timeout(Duration::from_secs(90), again).await?;
+    ensure!(view.reached(after.sequence, Duration::from_secs(60)).await, "the view catches up by itself");
+    ensure!(view.get(&before.record.id).is_some() && view.get(&after.record.id).is_some());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_log_whose_stream_was_deleted_goes_on_at_its_offset_for_who_follows() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let logs = Logs::new(&bus);
+    let id = records::queued("x", [1; 10])?.id;
+    let mut writer = logs.claim(&id, &instance(1)?, None).await?;
+    let source = Source::beginning();
+    writer.append("before ".into(), source.clone(), false).await?;
+    // A follower that has all of it, and one that begins when it is gone.
+    let mut follower = std::pin::pin!(logs.read(&id, Start::Beginning, to_the_end()));
+    let first = next(&mut follower).await?;
+    ensure!(first.bytes == "before ");
+    by_hand(&server).await?.delete_stream(subject::LOGS_STREAM).await?;
+    bus.provision(&layout(1)).await?;
+    let gone = writer.append("lost?".into(), source.clone(), false).await;
+    ensure!(matches!(gone, Err(log::AppendError::Emptied { end: 7, .. })), "{gone:?}");
+    writer.append("after".into(), source.clone(), false).await?;
+    let second = next(&mut follower).await?;
+    ensure!(second.offset == 7 && second.bytes == "after", "{second:?}");
+    let late = logs.read(&id, Start::Offset(0), to_the_end());
+    let late = next(&mut std::pin::pin!(late)).await;
+    let discarded = late.err().context("bytes that are gone")?;
+    ensure!(discarded.to_string().contains("begins at byte 7 now: byte 0 is kept no more"), "{discarded}");
+    let kept = logs.read(&id, Start::Beginning, to_the_end());
+    ensure!(next(&mut std::pin::pin!(kept)).await?.offset == 7);
+    writer.append(Bytes::new(), source, true).await?;
+    ensure!(next(&mut follower).await?.complete);
+    Ok(())
+}
+
+fn to_the_end() -> Until {
+    Until::Complete { over: CancellationToken::new() }
+}
+
+async fn next(chunks: &mut (impl Stream<Item = Result<Chunk, LogError>> + Unpin)) -> Result<Chunk> {
+    Ok(tokio::time::timeout(SOON, chunks.next()).await?.context("the read ended")??)
 }

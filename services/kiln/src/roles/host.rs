@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use kiln_bus::Bus;
+use kiln_bus::keeper::Keeper;
 use kiln_chassis::health::{Readiness, serve_health, serve_metrics};
 use kiln_chassis::shutdown::drain;
 use kiln_chassis::telemetry::Metrics;
@@ -55,20 +56,31 @@ impl Host {
         });
     }
 
-    /// Makes the streams and buckets, or brings them up to date; and ends the leases of a `former` life that is known
-    /// to be over.
+    /// Makes the streams and buckets, or brings them up to date; ends the leases of a `former` life that is known
+    /// to be over; and looks after the streams from now on.
     pub(crate) async fn provision(&self, config: &Config, former: Option<&str>) -> anyhow::Result<()> {
-        let bus = config.connect("provision")?.connect().await?;
+        let bus = config.connect("keeper")?.connect().await?;
+        let layout = config.layout();
         let provision = async {
-            bus.provision(&config.layout()).await?;
+            bus.provision(&layout).await?;
             match former {
                 Some(life) => bus.end_leases(life).await,
                 None => Ok(()),
             }
         };
-        let provisioned = provision.await;
-        bus.close().await;
-        Ok(provisioned?)
+        if let Err(error) = provision.await {
+            bus.close().await;
+            return Err(error.into());
+        }
+        let mut registry = Metrics::part("bus");
+        let keeper = Keeper::new(&bus, &layout, &mut registry);
+        self.metrics.add(registry);
+        let ended = self.ended.clone();
+        self.tasks.spawn(async move {
+            ended.run_until_cancelled(keeper.keep()).await;
+            bus.close().await;
+        });
+        Ok(())
     }
 
     /// What the process's leases are marked with.

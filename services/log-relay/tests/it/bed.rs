@@ -55,15 +55,21 @@ impl Bed {
     pub(crate) async fn new() -> Result<Self> {
         let server = run_server().await?;
         let bus = connect(&server).await?;
+        let seed = OpenKey::new_seed()?;
+        let bed = Self { logs: Logs::new(&bus), server, bus, engine: Arc::default(), seed };
+        bed.provision().await?;
+        Ok(bed)
+    }
+
+    /// Makes the streams and buckets that are missing.
+    pub(crate) async fn provision(&self) -> Result<()> {
         let layout = Layout {
             replicas: 1,
             journal_max_bytes: 64 << 20,
             logs_max_bytes: 256 << 20,
             logs_max_age: Duration::from_secs(3600),
         };
-        bus.provision(&layout).await?;
-        let seed = OpenKey::new_seed()?;
-        Ok(Self { logs: Logs::new(&bus), server, bus, engine: Arc::default(), seed })
+        Ok(self.bus.provision(&layout).await?)
     }
 
     pub(crate) fn seal_key(&self) -> Result<SealKey> {
@@ -140,6 +146,15 @@ impl Bed {
         };
         tokio::time::timeout(LONG, reading).await.context("the log is not completed")??;
         Ok(log)
+    }
+
+    /// What is there of a complete log, and the offset that it begins at.
+    pub(crate) async fn kept(&self, id: &BuildId) -> Result<(u64, String)> {
+        let chunks: Vec<_> = self.logs.read(id, Start::Beginning, Until::Now).collect().await;
+        let chunks = chunks.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let first = chunks.first().context("nothing is there")?.offset;
+        let log: Vec<u8> = chunks.iter().flat_map(|chunk| chunk.bytes.clone()).collect();
+        Ok((first, String::from_utf8_lossy(&log).into_owned()))
     }
 
     pub(crate) async fn text(&self, id: &BuildId) -> Result<String> {

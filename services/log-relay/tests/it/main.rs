@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use kiln_bus::logs::LogTail;
 use kiln_bus::seal::OpenKey;
+use kiln_contract::subject;
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::transition::Change;
 use kiln_log_relay::Config;
@@ -211,6 +212,26 @@ async fn an_output_that_never_ends_is_completed_all_the_same() -> Result<()> {
         bed.text(&play.id).await?,
         "some\nkiln: what attempt 1 wrote last could not be read in time\n"
     );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_log_whose_stream_is_deleted_goes_on_and_says_what_is_lost() -> Result<()> {
+    let bed = Bed::new().await?;
+    let _relay = bed.relay("a").await?;
+    let mut play = bed.build(1, SECRET).await?;
+    play.start().await?;
+    play.write("before");
+    bed.tail(&play.id, |tail| tail.end == 6).await?;
+    bed.server.delete_stream(subject::LOGS_STREAM).await?;
+    bed.provision().await?;
+    play.write("after\n");
+    play.end();
+    play.succeed().await?;
+    bed.tail(&play.id, |tail| tail.complete).await?;
+    let line = "\nkiln: the 6 bytes of the log before this line are lost: the bus keeps them no more\n";
+    // From the first byte that is there: an offset means what it meant.
+    assert_eq!(bed.kept(&play.id).await?, (6, format!("{line}after\n")));
     Ok(())
 }
 

@@ -1,6 +1,8 @@
 //! Each way in which a build can end, and who sees it to its end.
 
-use anyhow::{Result, ensure};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
 use jiff::Timestamp;
 use kiln_domain::engine::Engine as _;
 use kiln_domain::failure::{Failure, FailureReason};
@@ -178,5 +180,28 @@ async fn a_build_given_up_was_started_by_an_earlier_holder_all_the_same() -> Res
     stage.succeed(&record, &digest);
     let over = stage.until(&record.id, |entry| entry.record.state.is_terminal()).await?.record;
     ensure!((over.state, over.digest) == (State::Succeeded, Some(digest)));
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_builder_of_a_build_that_the_journal_lost_is_ended() -> Result<()> {
+    let stage = Stage::set().await?;
+    let _orchestrator = stage.orchestrator(config()).await?;
+    let build = stage.begin("x", |_| {}).await?;
+    stage.until(&build.id, |entry| entry.record.state == State::Running).await?;
+    stage.lose_journal().await?;
+    let cancelled = async {
+        while !stage.engine.is_cancelled(&build.run()) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), cancelled).await.context("it runs on for nobody")?;
+    stage.engine.end(&build.run(), Ended::default());
+    // The image can be built, by a build that has nothing to do with the lost one.
+    let again = stage.begin("x", |_| {}).await?;
+    ensure!(again.id != build.id);
+    stage.until(&again.id, |entry| entry.record.state == State::Running).await?;
+    stage.succeed(&again, &Digest::of(b"image"));
+    stage.until(&again.id, |entry| entry.record.state == State::Succeeded).await?;
     Ok(())
 }

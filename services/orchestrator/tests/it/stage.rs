@@ -18,6 +18,7 @@ use kiln_contract::orchestrator::{Build, BuildAnswer, Cancel, RecordAt, source_t
 use kiln_contract::resolver::{
     FindImage, FoundImage, ResolveCommit, ResolveImage, ResolvedCommit, ResolvedImage,
 };
+use kiln_contract::subject;
 use kiln_domain::engine::Engine;
 use kiln_domain::id::BuildId;
 use kiln_domain::record::Record;
@@ -59,12 +60,15 @@ pub(crate) fn config() -> Config {
     }
 }
 
+fn layout() -> Layout {
+    Layout { journal_max_bytes: 256 << 20, logs_max_bytes: 256 << 20, ..Layout::default() }
+}
+
 impl Stage {
     pub(crate) async fn set() -> Result<Self> {
         let server = nats::run_server().await?;
         let bus = connect(&server.url()).await?;
-        let layout = Layout { journal_max_bytes: 256 << 20, logs_max_bytes: 256 << 20, ..Layout::default() };
-        bus.provision(&layout).await?;
+        bus.provision(&layout()).await?;
         let images: Arc<Mutex<HashMap<String, Digest>>> = Arc::default();
         let resolver = Server::start(&bus, "resolver", &mut Registry::default()).await?;
         let registry = Arc::new(Gate::default());
@@ -158,6 +162,12 @@ impl Stage {
         };
         change(&mut question);
         self.bus.ask(&question, SOON).await
+    }
+
+    /// Somebody deletes the journal, and it is made again, empty.
+    pub(crate) async fn lose_journal(&self) -> Result<()> {
+        self.server.delete_stream(subject::JOURNAL_STREAM).await?;
+        Ok(self.bus.provision(&layout()).await?)
     }
 
     /// Asks for a build and gives its record.

@@ -1,0 +1,245 @@
+//! Looks after the streams and buckets while a process runs: what was deleted by hand is made again, and what is wrong is
+//! said once, counted, shown as a metric while it lasts, and said again when it is over.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use async_nats::jetstream::stream::{DiscardPolicy, Info};
+use async_nats::jetstream::{self, context::GetStreamErrorKind, kv, stream};
+use futures::StreamExt as _;
+use kiln_contract::subject;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+use crate::connection::Bus;
+use crate::error::BusError;
+use crate::inspect::{differences, of_bucket, share};
+use crate::journal::jittered;
+use crate::layout::{Layout, buckets, streams};
+
+/// How often it looks. A deletion is heard of at once, where the server lets us.
+const LOOK: Duration = Duration::from_secs(5);
+/// The server answers within this long, or it counts as unreachable.
+const ANSWER: Duration = Duration::from_secs(2);
+/// What the server tells everybody when a stream, or a bucket's, is deleted.
+const DELETED: &str = "$JS.EVENT.ADVISORY.STREAM.DELETED.*";
+const KEEP: &str = "look after the streams";
+/// A stream that refuses when it is full is called full from here on: what is left is kept for builds that run.
+const FULL_PERCENT: u64 = 95;
+
+/// One process's look after the bus. It does the same as that of any other process, at any time, without harm.
+pub struct Keeper {
+    bus: Bus,
+    layout: Layout,
+    metrics: Metrics,
+    /// What was wrong when it looked last.
+    troubles: BTreeMap<Labels, String>,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, PartialOrd, Ord, EncodeLabelSet)]
+struct Labels {
+    /// The stream's name (of a bucket, its stream's), or `bus`.
+    part: String,
+    what: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct StreamLabels {
+    stream: String,
+}
+
+#[derive(Clone, Default)]
+struct Metrics {
+    trouble: Family<Labels, Gauge>,
+    troubles: Family<Labels, Counter>,
+    bytes: Family<StreamLabels, Gauge>,
+    limit: Family<StreamLabels, Gauge>,
+}
+
+/// How what is missing is made.
+enum Made {
+    Stream(Box<stream::Config>),
+    Bucket(Box<kv::Config>),
+}
+
+impl Keeper {
+    /// Of the installation's layout, with what it counts in `registry`.
+    pub fn new(bus: &Bus, layout: &Layout, registry: &mut Registry) -> Self {
+        Self {
+            bus: bus.clone(),
+            layout: layout.clone(),
+            metrics: Metrics::register(registry),
+            troubles: BTreeMap::new(),
+        }
+    }
+
+    /// Looks again and again; ends when it is dropped.
+    pub async fn keep(mut self) {
+        // Without it a deletion is seen at the next look.
+        let mut deleted = self.bus.client.subscribe(DELETED).await.ok();
+        loop {
+            self.look().await;
+            let told = async {
+                match &mut deleted {
+                    Some(deleted) => deleted.next().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let _ = tokio::time::timeout(jittered(LOOK), told).await;
+        }
+    }
+
+    async fn look(&mut self) {
+        let mut found = BTreeMap::new();
+        let mut note = |part: &str, what: &'static str, why: String| {
+            found.insert(Labels { part: part.to_owned(), what }, why);
+        };
+        if !self.bus.answers(ANSWER).await {
+            note("bus", "unreachable", "nats-server can't be reached, or does not answer".into());
+            // How the streams stand can't be known: as before.
+            found.extend(self.troubles.clone());
+            return self.tell(found);
+        }
+        let mut journal = None;
+        let mut mirror = None;
+        for (wanted, made) in self.wanted() {
+            let name = wanted.name.clone();
+            let looked = self.bus.attend(KEEP, self.bus.js.get_stream(&name)).await;
+            let info = match looked {
+                Ok(Ok(stream)) => stream.cached_info().clone(),
+                Ok(Err(error)) if is_missing(&error.kind()) => {
+                    let became = match self.make(made).await {
+                        Ok(()) => "it is made again, empty".to_owned(),
+                        Err(error) => format!("it can't be made again now: {error}"),
+                    };
+                    note(
+                        &name,
+                        "missing",
+                        format!("somebody deleted it, and what it held is lost: {became}"),
+                    );
+                    continue;
+                }
+                Ok(Err(error)) => {
+                    note(&name, "no_leader", format!("the server says nothing of it: {error}"));
+                    continue;
+                }
+                Err(error) => {
+                    note(&name, "no_leader", error.to_string());
+                    continue;
+                }
+            };
+            self.metrics.size(&info);
+            for (what, why) in wrong_with(&wanted, &info) {
+                note(&name, what, why);
+            }
+            match name.as_str() {
+                subject::JOURNAL_STREAM => journal = Some(info.created),
+                subject::EVENTS_STREAM => mirror = Some((info.created, made)),
+                _ => {}
+            }
+        }
+        // A mirror goes on from where it is: it would leave out what a younger journal has up to there.
+        if let (Some(journal), Some((created, made))) = (journal, mirror)
+            && created < journal
+        {
+            let became = match self.make_mirror_anew(made).await {
+                Ok(()) => "it is made anew".to_owned(),
+                Err(error) => format!("it can't be made anew now: {error}"),
+            };
+            let why = format!("it mirrors a journal that is gone: {became}");
+            note(subject::EVENTS_STREAM, "outlived_journal", why);
+        }
+        self.tell(found);
+    }
+
+    /// Every stream as it should be, a bucket's too, and how it is made.
+    fn wanted(&self) -> Vec<(stream::Config, Made)> {
+        let of_streams =
+            streams(&self.layout).into_iter().map(|config| (config.clone(), Made::Stream(Box::new(config))));
+        let of_buckets = buckets(&self.layout)
+            .into_iter()
+            .map(|config| (of_bucket(config.clone()).1, Made::Bucket(Box::new(config))));
+        of_streams.chain(of_buckets).collect()
+    }
+
+    async fn make(&self, made: Made) -> Result<(), BusError> {
+        // Another process may be quicker: then it is there, which is all that is wanted.
+        match made {
+            Made::Stream(config) => {
+                self.bus.call(KEEP, self.bus.js.get_or_create_stream(*config)).await.map(|_| ())
+            }
+            Made::Bucket(config) => {
+                self.bus.call(KEEP, self.bus.js.create_or_update_key_value(*config)).await.map(|_| ())
+            }
+        }
+    }
+
+    async fn make_mirror_anew(&self, made: Made) -> Result<(), BusError> {
+        self.bus.call(KEEP, self.bus.js.delete_stream(subject::EVENTS_STREAM)).await?;
+        self.make(made).await
+    }
+
+    /// Says what is new and what is over.
+    fn tell(&mut self, found: BTreeMap<Labels, String>) {
+        for (labels, why) in &found {
+            if !self.troubles.contains_key(labels) {
+                let Labels { part, what } = labels;
+                tracing::error!(bus.part = part, bus.trouble = what, "{part} ({what}): {why}");
+                self.metrics.troubles.get_or_create(labels).inc();
+                self.metrics.trouble.get_or_create(labels).set(1);
+            }
+        }
+        for labels in self.troubles.keys().filter(|labels| !found.contains_key(*labels)) {
+            let Labels { part, what } = labels;
+            tracing::info!(bus.part = part, bus.trouble = what, "{part} ({what}): that is over");
+            self.metrics.trouble.get_or_create(labels).set(0);
+        }
+        self.troubles = found;
+    }
+}
+
+impl Metrics {
+    fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        registry.register("trouble", "1 while a part of the bus is in trouble", metrics.trouble.clone());
+        registry.register("troubles", "Troubles of the bus that began", metrics.troubles.clone());
+        registry.register("stream_bytes", "Bytes that a stream holds", metrics.bytes.clone());
+        registry.register("stream_limit_bytes", "Bytes that a stream may hold", metrics.limit.clone());
+        metrics
+    }
+
+    fn size(&self, info: &Info) {
+        let labels = StreamLabels { stream: info.config.name.clone() };
+        self.bytes.get_or_create(&labels).set(i64::try_from(info.state.bytes).unwrap_or(i64::MAX));
+        if info.config.max_bytes > 0 {
+            self.limit.get_or_create(&labels).set(info.config.max_bytes);
+        }
+    }
+}
+
+fn is_missing(kind: &GetStreamErrorKind) -> bool {
+    matches!(kind, GetStreamErrorKind::JetStream(error) if error.error_code() == jetstream::ErrorCode::STREAM_NOT_FOUND)
+}
+
+/// What is wrong with a stream that is there: a word and a sentence for each.
+fn wrong_with(wanted: &stream::Config, info: &Info) -> Vec<(&'static str, String)> {
+    let mut wrong = Vec::new();
+    let differences = differences(wanted, &info.config);
+    if !differences.is_empty() {
+        // Not put right: two processes with different settings would do so in turns for ever.
+        let which = differences.join("; ");
+        wrong.push(("different", format!("it is not as this process's settings say: {which}")));
+    }
+    let full = share(info.state.bytes, info.config.max_bytes).filter(|share| *share >= FULL_PERCENT);
+    if let Some(share) = full.filter(|_| info.config.discard == DiscardPolicy::New) {
+        let limit = info.config.max_bytes;
+        wrong.push(("full", format!("{share} % of its {limit} bytes are used: it refuses what is new")));
+    }
+    if info.cluster.as_ref().is_some_and(|cluster| cluster.leader.is_none()) {
+        wrong.push(("no_leader", "nothing can be written: most of its servers must run".into()));
+    }
+    wrong
+}

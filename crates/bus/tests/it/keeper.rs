@@ -1,0 +1,182 @@
+//! The keeper: what somebody deleted is made again, said once, counted, and said to be over.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use async_nats::jetstream;
+use kiln_bus::holders::Holders;
+use kiln_bus::journal::{AppendError, Journal};
+use kiln_bus::keeper::Keeper;
+use kiln_bus::layout::Layout;
+use kiln_bus::secrets::SecretsBucket;
+use kiln_bus::{Bus, BusError, Lease};
+use kiln_contract::{bucket, subject};
+use kiln_domain::transition::Change;
+use kiln_testkit::nats::{self, NatsServer};
+use kiln_testkit::records;
+use prometheus_client::registry::Registry;
+use tokio::task::JoinSet;
+use tokio_util::task::TaskTracker;
+
+use crate::parts::{connect, instance, layout, provisioned};
+
+const SOON: Duration = Duration::from_secs(30);
+
+/// A keeper at work, and what it counts.
+struct AtWork {
+    registry: Registry,
+    /// Ends with this.
+    _task: JoinSet<()>,
+}
+
+fn keeper(bus: &Bus, layout: &Layout) -> AtWork {
+    let mut registry = Registry::with_prefix("kiln_bus");
+    let mut task = JoinSet::new();
+    task.spawn(Keeper::new(bus, layout, &mut registry).keep());
+    AtWork { registry, _task: task }
+}
+
+impl AtWork {
+    /// Waits until a line of its metrics is as said.
+    async fn shows(&self, line: &str) -> Result<()> {
+        let mut text = String::new();
+        let look = async {
+            loop {
+                text.clear();
+                prometheus_client::encoding::text::encode_registry(&mut text, &self.registry)?;
+                if text.lines().any(|shown| shown == line) {
+                    return anyhow::Ok(());
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let shown = tokio::time::timeout(SOON, look).await;
+        shown.with_context(|| format!("no `{line}` in\n{text}"))?
+    }
+}
+
+async fn by_hand(server: &NatsServer) -> Result<jetstream::Context> {
+    Ok(jetstream::new(async_nats::connect(server.url()).await?))
+}
+
+#[tokio::test]
+async fn what_was_deleted_by_hand_is_made_again_and_said_once() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let (journal, secrets) = (Journal::open(&bus).await?, SecretsBucket::open(&bus).await?);
+    let keeper = keeper(&bus, &layout(1));
+    let hand = by_hand(&server).await?;
+    for stream in [subject::JOURNAL_STREAM, subject::LOGS_STREAM, subject::PROGRESS_STREAM] {
+        hand.delete_stream(stream).await?;
+        keeper.shows(&format!("kiln_bus_trouble{{part=\"{stream}\",what=\"missing\"}} 1")).await?;
+        keeper.shows(&format!("kiln_bus_trouble{{part=\"{stream}\",what=\"missing\"}} 0")).await?;
+        keeper.shows(&format!("kiln_bus_troubles_total{{part=\"{stream}\",what=\"missing\"}} 1")).await?;
+    }
+    hand.delete_key_value(bucket::SECRETS).await?;
+    keeper
+        .shows(&format!("kiln_bus_troubles_total{{part=\"KV_{}\",what=\"missing\"}} 1", bucket::SECRETS))
+        .await?;
+    let record = records::queued("x", [1; 10])?;
+    secrets.put(&record.id, "sealed".into()).await?;
+    let queued = journal.append(None, &Change::Queued(Box::new(record)), &instance(1)?).await?;
+    // The mirror of the journal that was deleted would have left out the first events of the new one.
+    let mirrored = async {
+        loop {
+            if let Ok(events) = hand.get_stream(subject::EVENTS_STREAM).await
+                && events.get_raw_message(queued.sequence).await.is_ok()
+            {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(SOON, mirrored).await.context("the mirror does not follow")?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_full_journal_is_shown_and_names_itself() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = connect(&server.url()).await?;
+    let small = Layout { journal_max_bytes: 64 << 10, ..layout(1) };
+    bus.provision(&small).await?;
+    let keeper = keeper(&bus, &small);
+    let journal = Journal::open(&bus).await?;
+    let full = async {
+        for n in 0u8.. {
+            let record = records::queued(&format!("i{n}"), [n; 10])?;
+            match journal.append(None, &Change::Queued(Box::new(record)), &instance(1)?).await {
+                Ok(_) => {}
+                Err(AppendError::Bus(BusError::Full { detail, .. })) => return Ok(detail),
+                Err(other) => anyhow::bail!("{other:?}"),
+            }
+        }
+        anyhow::bail!("it is never full")
+    };
+    let says = full.await?;
+    ensure!(says.contains(subject::JOURNAL_STREAM), "{says}");
+    keeper
+        .shows(&format!("kiln_bus_trouble{{part=\"{}\",what=\"full\"}} 1", subject::JOURNAL_STREAM))
+        .await?;
+    let larger = Layout { journal_max_bytes: 1 << 20, ..layout(1) };
+    bus.provision(&larger).await?;
+    keeper
+        .shows(&format!("kiln_bus_trouble{{part=\"{}\",what=\"full\"}} 0", subject::JOURNAL_STREAM))
+        .await?;
+    // This process's own settings still say otherwise.
+    keeper
+        .shows(&format!("kiln_bus_trouble{{part=\"{}\",what=\"different\"}} 1", subject::JOURNAL_STREAM))
+        .await
+}
+
+#[tokio::test]
+async fn a_bus_that_is_away_is_shown_and_over_when_it_is_back() -> Result<()> {
+    let mut server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let keeper = keeper(&bus, &layout(1));
+    keeper.shows(&format!("kiln_bus_stream_bytes{{stream=\"{}\"}} 0", subject::JOURNAL_STREAM)).await?;
+    server.kill();
+    keeper.shows("kiln_bus_trouble{part=\"bus\",what=\"unreachable\"} 1").await?;
+    server.start_again().await?;
+    keeper.shows("kiln_bus_trouble{part=\"bus\",what=\"unreachable\"} 0").await
+}
+
+#[tokio::test]
+async fn a_lease_stands_though_its_bucket_was_purged_or_deleted() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let _keeper = keeper(&bus, &layout(1));
+    let tasks = TaskTracker::new();
+    let holders = Holders::start(&bus, "orchestrator", "", None, Lease::default(), &tasks).await?;
+    let me = holders.me().context("a lease")?;
+    let hand = by_hand(&server).await?;
+    let stream = format!("KV_{}", bucket::HOLDERS);
+    let purge = async || anyhow::Ok(hand.get_stream(&stream).await?.purge().await.map(|_| ())?);
+    let delete = async || anyhow::Ok(hand.delete_stream(&stream).await.map(|_| ())?);
+    purge().await?;
+    written_again(&bus, &holders).await.context("after the purge")?;
+    delete().await?;
+    written_again(&bus, &holders).await.context("after the deletion")?;
+    ensure!(holders.me() == Some(me), "it goes on as who it was, with its claims");
+    // The watch goes on with the bucket that is there now.
+    let second = Holders::start(&bus, "orchestrator", "", None, Lease::default(), &tasks).await?;
+    let second = second.me().context("a lease")?;
+    let mut changes = holders.changes();
+    let seen = changes.wait_for(|live| live.contains(&second));
+    tokio::time::timeout(SOON, seen).await.context("the second is not seen")??;
+    Ok(())
+}
+
+/// Waits until the lease is in the bucket.
+async fn written_again(bus: &Bus, holders: &Holders) -> Result<()> {
+    let me = holders.me().context("a lease")?;
+    let look = async {
+        loop {
+            if bus.instances().await.is_ok_and(|instances| instances.leases.contains(&me)) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    Ok(tokio::time::timeout(SOON, look).await?)
+}
