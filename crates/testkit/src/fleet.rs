@@ -1,7 +1,9 @@
 //! Kiln's roles as processes of their own, some of them twice, on a real nats-server and a real registry.
 
+use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
 use kiln_proto::kiln_v1::builds_client::BuildsClient;
@@ -125,18 +127,22 @@ pub fn free_addresses<const N: usize>() -> Result<[SocketAddr; N]> {
     addresses.collect::<Vec<_>>().try_into().map_err(|_| anyhow::anyhow!("no free ports"))
 }
 
-/// The ports of as many addresses as [`free_addresses`] gives.
+/// The ports of as many addresses as [`free_addresses`] gives. None is given twice, as whoever has it may not listen yet.
 pub(crate) fn free_ports(count: usize) -> Result<Vec<u16>> {
-    let mut held = Vec::new();
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut ports = Vec::new();
     for _ in 0..10_000 {
-        if held.len() == count {
+        if ports.len() == count {
             break;
         }
         let port = rand::random_range(12_000..20_000);
-        held.extend(TcpListener::bind(("127.0.0.1", port)));
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() && given.insert(port) {
+            ports.push(port);
+        }
     }
-    ensure!(held.len() == count, "no free ports");
-    Ok(held.iter().map(|socket| socket.local_addr().map(|at| at.port())).collect::<Result<_, _>>()?)
+    ensure!(ports.len() == count, "no free ports");
+    Ok(ports)
 }
 
 impl Drop for Fleet {
