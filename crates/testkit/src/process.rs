@@ -10,6 +10,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 
 const SOON: Duration = Duration::from_secs(60);
+/// How long it may take to say whether it is ready.
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// A role's process. It keeps its addresses and its environment over every restart, and is killed on drop.
 pub struct Process {
@@ -19,6 +21,7 @@ pub struct Process {
     stderr: PathBuf,
     health: SocketAddr,
     grpc: SocketAddr,
+    client: reqwest::Client,
     child: Option<Child>,
 }
 
@@ -38,6 +41,7 @@ impl Process {
             stderr: stderr.to_owned(),
             health,
             grpc,
+            client: crate::registry::plain_client()?,
             child: None,
         };
         for (name, address) in [("HEALTH", health), ("METRICS", metrics), ("GRPC", grpc)] {
@@ -91,7 +95,7 @@ impl Process {
 
     /// Whether it says now that it is ready.
     pub async fn is_ready(&self) -> bool {
-        let answer = reqwest::get(format!("http://{}/ready", self.health)).await;
+        let answer = self.client.get(format!("http://{}/ready", self.health)).timeout(ANSWER).send().await;
         answer.is_ok_and(|answer| answer.status().is_success())
     }
 

@@ -56,9 +56,7 @@ impl DockerRegistry {
     async fn launch(password: bool) -> Result<Self> {
         let folder = TempDir::new()?;
         std::fs::write(folder.path().join("htpasswd"), format!("{USERNAME}:{PASSWORD_HASH}\n"))?;
-        // reqwest wants a provider even for plain HTTP; it fails only where a test has installed one already.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = reqwest::Client::builder().no_proxy().tls_certs_only([]).build()?;
+        let client = plain_client()?;
         let mut registry = Self { folder, address: "127.0.0.1:0".into(), password, child: None, client };
         registry.start_again().await?;
         Ok(registry)
@@ -269,6 +267,13 @@ impl Drop for DockerRegistry {
     fn drop(&mut self) {
         self.stop();
     }
+}
+
+/// A client for plain HTTP on this host.
+pub(crate) fn plain_client() -> Result<reqwest::Client> {
+    // reqwest wants a provider even for plain HTTP; it fails only where a test has installed one already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    Ok(reqwest::Client::builder().no_proxy().tls_certs_only([]).build()?)
 }
 
 /// Debian's name, or upstream's.

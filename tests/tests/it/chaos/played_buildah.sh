@@ -2,12 +2,13 @@
 # Plays buildah for Dockerfiles that begin with "# played": prints what their step would, pushes a manifest that names
 # blobs which are there. Everything else is done by the real one.
 set -euo pipefail
-verb='' file='' image_id='' digest_file='' image='' lines='' previous='' last=''
+verb='' file='' image_id='' digest_file='' image='' lines='' credentials='' previous='' last=''
 for argument; do
   case "$previous" in
     --file) file=$argument ;;
     --iidfile) image_id=$argument ;;
     --digestfile) digest_file=$argument ;;
+    --authfile) credentials=$argument ;;
     --build-arg)
       case "$argument" in
         IMAGE=*) image=${argument#IMAGE=} ;;
@@ -30,6 +31,9 @@ if [ "$verb" = build ] && read -r first <"$file" && [ "${first#"# played"}" != "
   echo "STEP 1/2: FROM scratch"
   echo "STEP 2/2: RUN print"
   awk -v image="$image" -v lines="$lines" 'BEGIN { for (i = 1; i <= lines; i++) print "line " i " of " lines " of image " image }'
+  # A step that tells what it must not: the password in "host": {"auth": base64 of username:password}.
+  login=$(sed 's/.*"auth":"\([^"]*\)".*/\1/' "$credentials" | base64 --decode)
+  echo "with ${login#*:}"
   echo "COMMIT"
   echo played >"$image_id"
   exit 0

@@ -4,6 +4,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use kiln_proto::kiln_v1 as api;
 use kiln_testkit::registry::{DockerRegistry, OCI_MANIFEST};
 use kiln_testkit::workshop::{Repository, Workshop};
@@ -15,6 +17,9 @@ use super::plan::{Image, Kind};
 pub(super) struct Sources {
     repositories: Vec<(Kind, Repository)>,
 }
+
+/// What every secret begins with, and nothing else.
+pub(super) const SECRET_BEGINS: &str = "kept-from-all-";
 
 const KINDS: [Kind; 5] = [Kind::Good, Kind::Failing, Kind::Long, Kind::Same, Kind::Fresh];
 
@@ -34,14 +39,26 @@ impl Sources {
         let (_, repository) = repository.context("a repository of each kind")?;
         let build_args = [("IMAGE", number.to_string()), ("LINES", image.lines.to_string())];
         let build_args = build_args.map(|(name, value)| (name.to_owned(), value)).into();
-        Ok(crate::system::dockerfile(&repository.uri, |dockerfile| dockerfile.build_args = build_args))
+        let login = STANDARD.encode(format!("chaos:{}", secret(number)));
+        let credentials = [("registry.invalid".to_owned(), login)].into();
+        let auth = Some(api::RegistryAuth { credentials, ..Default::default() });
+        let request =
+            crate::system::dockerfile(&repository.uri, |dockerfile| dockerfile.build_args = build_args);
+        Ok(api::BuildImageRequest { auth, ..request })
     }
+}
+
+/// The password that an image is built with, which a played build tool prints: whoever asks for the image gives the same one.
+pub(super) fn secret(number: usize) -> String {
+    format!("{SECRET_BEGINS}{number}-")
 }
 
 /// What an attempt that came to the end of its step has printed, in one piece.
 pub(super) fn printed(number: usize, image: Image) -> String {
     let Image { lines, .. } = image;
-    (1..=lines).map(|line| format!("line {line} of {lines} of image {number}\n")).collect()
+    let lines = (1..=lines).map(|line| format!("line {line} of {lines} of image {number}\n"));
+    let told = image.kind.is_played().then(|| format!("with {}\n", secret(number)));
+    lines.chain(told).collect()
 }
 
 fn dockerfile(kind: Kind) -> String {

@@ -132,6 +132,16 @@ impl World {
         self.engine().join("runs")
     }
 
+    /// What each role said on standard error.
+    pub(super) fn said(&self) -> Result<Vec<(&str, String)>> {
+        let mut said = Vec::new();
+        for role in &self.roles {
+            let text = std::fs::read(self.folder.join(format!("{}.log", role.name)))?;
+            said.push((role.name.as_str(), String::from_utf8_lossy(&text).into_owned()));
+        }
+        Ok(said)
+    }
+
     /// All NATS servers, past the wires.
     pub(super) fn nodes_url(&self) -> &str {
         &self.nodes_url

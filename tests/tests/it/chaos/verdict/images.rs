@@ -26,7 +26,7 @@ pub(super) async fn check(evidence: &Evidence<'_>) -> Result<Vec<Problem>> {
     let mut builds: Vec<&Record> = evidence.records.values().collect();
     builds.sort_by_key(|record| record.queued_at);
     for record in builds {
-        let put = puts_of(record, &puts)?;
+        let put = take_puts(record, &mut puts)?;
         match (record.state, put) {
             (State::Succeeded, 0) => problems.push(Problem::of(&record.id, "nothing was put at its target")),
             (State::Failed | State::Cancelled, 1..) => {
@@ -39,6 +39,9 @@ pub(super) async fn check(evidence: &Evidence<'_>) -> Result<Vec<Problem>> {
         if let Some(digest) = &record.digest {
             *last = Some(digest.to_string());
         }
+    }
+    for (path, at) in puts.iter().filter(|(path, at)| path.contains("/workspace/") && !at.is_empty()) {
+        problems.push(Problem::new(format!("{path} was put at {at:?}, when no build of it was on")));
     }
     for record in evidence.records.values() {
         let target: ImageReference = record.target_ref.parse()?;
@@ -62,15 +65,19 @@ pub(super) async fn check(evidence: &Evidence<'_>) -> Result<Vec<Problem>> {
     Ok(problems)
 }
 
-/// How often the target was put while the build was on. Builds of one image follow each other, so it was this build.
-fn puts_of(record: &Record, puts: &BTreeMap<String, Vec<Timestamp>>) -> Result<usize> {
+/// How often the target was put while the build was on; what is left in `puts` was put by no build. Builds of one image follow
+/// each other, so it was this build.
+fn take_puts(record: &Record, puts: &mut BTreeMap<String, Vec<Timestamp>>) -> Result<usize> {
     let target: ImageReference = record.target_ref.parse()?;
     let path = format!("/v2/{}/manifests/{}", target.repository(), target.selector());
-    let on = |at: &&Timestamp| {
-        record.queued_at.is_some_and(|queued| queued <= **at)
-            && record.finished_at.is_none_or(|finished| **at <= finished)
+    let Some(puts) = puts.get_mut(&path) else { return Ok(0) };
+    let on = |at: &Timestamp| {
+        record.queued_at.is_some_and(|queued| queued <= *at)
+            && record.finished_at.is_none_or(|finished| *at <= finished)
     };
-    Ok(puts.get(&path).map_or(0, |puts| puts.iter().filter(on).count()))
+    let all = puts.len();
+    puts.retain(|at| !on(at));
+    Ok(all - puts.len())
 }
 
 /// Whether the end is one that its Dockerfile and the faults explain.

@@ -7,7 +7,7 @@ use kiln_domain::failure::Failure;
 use kiln_domain::id::{ImageKey, InstanceId};
 use kiln_domain::record::Record;
 use kiln_domain::run::Findings;
-use kiln_domain::transition::{Change, apply};
+use kiln_domain::transition::{Change, Illegal, apply};
 use kiln_testkit::streams::Event;
 
 use super::Problem;
@@ -34,12 +34,20 @@ pub(super) fn check(events: &[Event]) -> Vec<Problem> {
 /// Whether the event is what a legal change by its own author makes of the record before.
 fn follows(before: Option<&Record>, event: &Event) -> Result<(), String> {
     let change = change(before, event)?;
-    let expected = apply(before, &change).map_err(|illegal| illegal.to_string())?;
+    let asked = asked_and_done(before, event).transpose().map_err(|illegal| illegal.to_string())?;
+    let expected = apply(asked.as_ref().or(before), &change).map_err(|illegal| illegal.to_string())?;
     if expected == event.record {
         Ok(())
     } else {
         Err(format!("the record should be {expected:?}, and is {:?}", event.record))
     }
+}
+
+/// Of a build that was never claimed one event says both: that a cancel was asked for, and that it is done. The record between.
+fn asked_and_done(before: Option<&Record>, event: &Event) -> Option<Result<Record, Illegal>> {
+    let asked = before.filter(|before| before.claims == 0 && event.name == "cancelled")?;
+    let reason = event.record.cancel.clone().unwrap_or_default();
+    Some(apply(Some(asked), &Change::CancelRequested { reason }))
 }
 
 /// The change that an event tells of.
@@ -130,6 +138,20 @@ mod tests {
             (1, Change::CancelRequested { reason: "enough".into() }),
             (2, Change::Succeeded { by: two, digest: Digest::of(b"x"), findings: Findings::default() }),
         ])
+    }
+
+    #[test]
+    fn a_build_that_waits_is_cancelled_by_one_event() {
+        let record = queued("x", [1; 10]).unwrap();
+        let mut events = history(vec![
+            (1, Change::Queued(Box::new(record.clone()))),
+            (1, Change::Cancelled { by: None, findings: Findings::default() }),
+        ]);
+        events[1].record.cancel = Some("enough".into());
+        events[1].record.message = "enough".into();
+        assert!(check(&events).is_empty());
+        events[1].record.message = "something else".into();
+        assert!(!check(&events).is_empty());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use kiln_proto::kiln_v1 as api;
 
 use super::{Evidence, Problem};
 use crate::chaos::callers::{Answer, Seen, insist};
-use crate::chaos::sources::printed;
+use crate::chaos::sources::{printed, secret};
 
 pub(super) async fn check(evidence: &Evidence<'_>) -> Result<Vec<Problem>> {
     let mut problems = Vec::new();
@@ -59,7 +59,7 @@ async fn read(
     Ok((log, complete))
 }
 
-/// What the log of a build must be: the outputs of its attempts, with a line of the relay between them.
+/// What the log of a build must be: the outputs of its attempts, with a line of the relay between them, and the secret masked.
 fn written(evidence: &Evidence<'_>, record: &Record) -> Vec<u8> {
     let mut log: Vec<u8> = Vec::new();
     for attempt in 1..=record.attempt {
@@ -73,7 +73,27 @@ fn written(evidence: &Evidence<'_>, record: &Record) -> Vec<u8> {
         let output = evidence.outputs.get(&RunId::new(&record.id, attempt));
         log.extend_from_slice(output.map_or(&[], Vec::as_slice));
     }
-    log
+    if log.is_empty() {
+        log.extend_from_slice(last_words(record).as_bytes());
+    }
+    // Outputs are text here.
+    let Ok(text) = String::from_utf8(log) else { return Vec::new() };
+    image_of(record).map_or(text.clone(), |number| text.replace(&secret(number), "***")).into_bytes()
+}
+
+/// What the relay says of a build of which nothing ran.
+fn last_words(record: &Record) -> String {
+    match record.state {
+        State::Cancelled => "kiln: the build was cancelled before it started\n".into(),
+        State::Failed => format!("kiln: the build failed before it started: {}\n", record.message),
+        _ => "kiln: nothing was run: the image was there\n".into(),
+    }
+}
+
+/// The image's number in the plan.
+fn image_of(record: &Record) -> Option<usize> {
+    let Source::Dockerfile(source) = &record.source else { return None };
+    source.build_args.get("IMAGE")?.parse().ok()
 }
 
 fn compare(log: &[u8], expected: &[u8]) -> Option<String> {
@@ -96,8 +116,7 @@ fn compare(log: &[u8], expected: &[u8]) -> Option<String> {
 
 /// Outputs are looked at themselves, too: they could be lost with the log.
 fn holds_what_was_printed(evidence: &Evidence<'_>, record: &Record) -> Option<String> {
-    let Source::Dockerfile(source) = &record.source else { return None };
-    let number: usize = source.build_args.get("IMAGE")?.parse().ok()?;
+    let number = image_of(record)?;
     let printed = printed(number, *evidence.plan.images.get(number)?);
     let output = evidence.outputs.get(&record.run());
     let output = String::from_utf8_lossy(output.map_or(&[], Vec::as_slice)).into_owned();

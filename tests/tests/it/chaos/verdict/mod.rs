@@ -18,6 +18,7 @@ pub(super) use self::leftovers::cleaned_up;
 use super::callers::{Answer, Seen};
 use super::faults::Done;
 use super::plan::Plan;
+use super::sources::SECRET_BEGINS;
 use super::world::World;
 
 /// What is known after a run.
@@ -70,6 +71,7 @@ impl<'a> Evidence<'a> {
         let mut problems = journal::check(&self.events);
         problems.extend(self.mirror().await?);
         problems.extend(self.answers());
+        problems.extend(self.secrets()?);
         problems.extend(images::check(self).await?);
         problems.extend(logs::check(self).await?);
         Ok(problems)
@@ -83,6 +85,22 @@ impl<'a> Evidence<'a> {
         let missing: Vec<_> = journal.filter(|sequence| !seen.contains(sequence)).collect();
         Ok((!missing.is_empty() || seen.len() != self.events.len())
             .then(|| Problem::new(format!("the mirror of {} events lacks {missing:?}", self.events.len()))))
+    }
+
+    /// No secret is in the journal, nor in what the roles said. (Logs are compared with what they must be.)
+    fn secrets(&self) -> Result<Vec<Problem>> {
+        let mut problems = Vec::new();
+        for event in &self.events {
+            if serde_json::to_string(&event.record)?.contains(SECRET_BEGINS) {
+                problems.push(Problem::of(&event.build, format!("`{}` tells its secret", event.name)));
+            }
+        }
+        for (name, said) in self.world.said()? {
+            if said.contains(SECRET_BEGINS) {
+                problems.push(Problem::new(format!("{name} tells a secret")));
+            }
+        }
+        Ok(problems)
     }
 
     /// What a caller was told stands.
