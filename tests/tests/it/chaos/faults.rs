@@ -119,6 +119,10 @@ impl World {
                 broken(&role(number).bus, lasts, Wire::lose_answers).await;
                 Ok(())
             }
+            Fault::FreezeBus(number) => {
+                broken(&role(number).bus, lasts, Wire::freeze).await;
+                Ok(())
+            }
             Fault::CutCallers(number) => {
                 let gateways: Vec<&Role> = self.roles.iter().filter(|role| role.callers.is_some()).collect();
                 let wire = gateways[number % gateways.len()].callers.as_ref();

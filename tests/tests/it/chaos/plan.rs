@@ -86,6 +86,7 @@ pub(super) enum Fault {
     PauseRole(usize),
     CutBus(usize),
     LoseBusAnswers(usize),
+    FreezeBus(usize),
     CutCallers(usize),
     KillNode(usize),
     TerminateNode(usize),
@@ -180,7 +181,7 @@ impl Dice {
             7..=9 => Fault::TerminateRole(number),
             10..=13 => Fault::PauseRole(number),
             14 | 15 => Fault::CutBus(number),
-            16 => Fault::LoseBusAnswers(number),
+            16 => [Fault::LoseBusAnswers(number), Fault::FreezeBus(number)][self.below(2) as usize],
             17 => Fault::CutCallers(number),
             18 | 19 => Fault::KillNode(number),
             20 => Fault::TerminateNode(number),
@@ -196,8 +197,10 @@ impl Dice {
         let lasts = match fault {
             Fault::PauseRegistry | Fault::CutRegistry => self.between(100, 1_500),
             // Some last longer than a lease.
-            Fault::PauseRole(_) | Fault::CutBus(_) | Fault::LoseBusAnswers(_) if self.percent(25) => {
-                self.between(12_000, 20_000)
+            Fault::PauseRole(_) | Fault::CutBus(_) | Fault::LoseBusAnswers(_) | Fault::FreezeBus(_)
+                if self.percent(30) =>
+            {
+                self.between(5_000, 12_000)
             }
             _ => self.between(100, 4_000),
         };

@@ -33,6 +33,9 @@ const ROLES: [&str; 10] = [
     "cache-warmer",
 ];
 
+/// Faults of the plan last longer now and then.
+const LEASE_SECONDS: &str = "5";
+
 /// How long a role may take to end when it is asked to.
 const END: Duration = Duration::from_secs(60);
 
@@ -89,6 +92,7 @@ impl World {
             for (name, value) in [
                 ("PATH", path.as_str()),
                 ("KILN_STREAMS__REPLICAS", "3"),
+                ("KILN_HOLDERS__LEASE_SECONDS", LEASE_SECONDS),
                 ("KILN_ORCHESTRATOR__SLOTS", "3"),
                 ("KILN_CACHE_WARMER__REFS", &warm),
             ] {
