@@ -67,7 +67,7 @@ async fn run(settings: &Settings, folder: &Path) -> Result<()> {
         let seen = seen.context("callers wait for ever")??;
         eprintln!("chaos: {} requests saw their end after {:?}; {done}", seen.len(), since.elapsed());
         world.settle().await?;
-        let mut problems = verdict::cleaned_up(&world).await?;
+        let mut problems = verdict::cleaned_up(&world, size.builds as u64 > SHORT).await?;
         eprintln!("chaos: cleaned up after {:?}", since.elapsed());
         let evidence = Evidence::gather(&world, &plan, &seen, &done, outputs.read()?).await?;
         eprintln!("chaos: {}", evidence.summary());
@@ -86,6 +86,9 @@ async fn run(settings: &Settings, folder: &Path) -> Result<()> {
     Ok(())
 }
 
+/// With more builds than this a run is long, and most of its builds are played.
+const SHORT: u64 = 100;
+
 impl Settings {
     fn read() -> Result<Self> {
         let number = |name: &str, otherwise: u64| match variable(name) {
@@ -98,10 +101,10 @@ impl Settings {
             size: Size {
                 builds: usize::try_from(builds)?,
                 faults: usize::try_from(number("KILN_CHAOS_FAULTS", 12)?)?,
-                real_percent: if builds > 100 { 12 } else { 40 },
+                real_percent: if builds > SHORT { 12 } else { 40 },
             },
             limit: Duration::from_secs(60 * number("KILN_CHAOS_MINUTES", 5)?),
-            callers: if builds > 100 { 12 } else { 8 },
+            callers: if builds > SHORT { 12 } else { 8 },
         })
     }
 }

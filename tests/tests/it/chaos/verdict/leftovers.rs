@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
+use kiln_bus::journal::Journal;
 use kiln_bus::secrets::SecretsBucket;
 use kiln_domain::run_folder;
 use tokio::time::{Instant, sleep};
@@ -16,14 +17,22 @@ use crate::chaos::world::World;
 /// more for a loaded machine.
 const BOUND: Duration = Duration::from_secs(240);
 
-/// Waits until nothing is left, and tells what is when that takes too long.
-pub(in crate::chaos) async fn cleaned_up(world: &World) -> Result<Vec<Problem>> {
-    let secrets = SecretsBucket::open(&world.bus().await?).await?;
+/// Waits until nothing is left, and tells what is when that takes too long. Entries for builds that were never accepted are
+/// waited for only with `patience`.
+pub(in crate::chaos) async fn cleaned_up(world: &World, patience: bool) -> Result<Vec<Problem>> {
+    let bus = world.bus().await?;
+    let (secrets, journal) = (SecretsBucket::open(&bus).await?, Journal::open(&bus).await?);
     let since = Instant::now();
     loop {
         let mut left = left_here(world)?;
         match secrets.builds().await {
-            Ok(builds) => left.extend(builds.iter().map(|id| format!("an entry in KILN_SECRETS for {id}"))),
+            Ok(builds) => {
+                for id in builds {
+                    if patience || journal.last_of_build(&id).await?.is_some() {
+                        left.push(format!("an entry in KILN_SECRETS for {id}"));
+                    }
+                }
+            }
             Err(error) => left.push(format!("KILN_SECRETS can't be read: {error}")),
         }
         if left.is_empty() {
