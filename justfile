@@ -14,7 +14,7 @@ demo:
 # What clippy and shellcheck say
 lint:
     cargo clippy --workspace --all-targets --locked -- -D warnings
-    shellcheck -x scripts/bootstrap scripts/demo scripts/test scripts/paths.sh .ci/run
+    shellcheck -x scripts/bootstrap scripts/demo scripts/test scripts/paths.sh .ci/run tests/tests/it/chaos/played_buildah.sh
 
 # Format all code
 fmt:
@@ -33,6 +33,14 @@ bench-dispatch:
 bench-resolve:
     cargo build --release --locked -p kiln
     cargo bench --locked -p kiln-tests --bench resolve
+
+# Many builds while processes are killed, paused and cut off; then whether every promise was kept. Some 20 minutes.
+# KILN_CHAOS_SEED replays a plan; KILN_CHAOS_BUILDS, KILN_CHAOS_FAULTS and KILN_CHAOS_MINUTES say how much
+chaos:
+    cargo build --release --locked -p kiln
+    KILN_CHAOS_BUILDS="${KILN_CHAOS_BUILDS:-1000}" KILN_CHAOS_FAULTS="${KILN_CHAOS_FAULTS:-220}" \
+    KILN_CHAOS_MINUTES="${KILN_CHAOS_MINUTES:-30}" \
+        cargo test --release --locked -p kiln-tests --test it chaos::every_promise -- --nocapture
 
 # Remove what compiling left
 clean:

@@ -38,21 +38,16 @@ enum Upload {
 pub(crate) async fn copy(from: &Repository<'_>, to: &Repository<'_>, blob: &Blob) -> Result<(), Error> {
     let mut retry = Retry::of_transfer(to.access);
     let mut session = None;
+    // Asked before a mount: one that isn't needed disturbs, in docker-registry, whoever puts a manifest with this blob just then.
+    if from.registry == to.registry && from.name == to.name || has(to, blob).await? {
+        return Ok(());
+    }
     if from.registry == to.registry {
-        if from.name == to.name {
-            return Ok(());
-        }
         match mount(from, to, blob).await? {
             Some(Upload::Mounted) => return Ok(()),
             Some(Upload::At(url)) => session = Some(url),
             None => {}
         }
-    }
-    if has(to, blob).await? {
-        if let Some(url) = session {
-            abandon(to, url).await;
-        }
-        return Ok(());
     }
     loop {
         let url = match session.take() {

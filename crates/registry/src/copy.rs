@@ -41,10 +41,14 @@ pub(crate) async fn copy(
     stream::iter(copies).buffer_unordered(parallel).try_collect::<()>().await?;
 
     let mut retry = Retry::of_request(access, to.registry());
+    let mut doubts = Retry::of_doubts(access);
     loop {
         before_put(&manifest.digest).map_err(|error| Error::Stopped(error.into()))?;
         match target.put_manifest(to.selector(), &manifest, &to.to_string()).await {
             Ok(()) => return Ok(manifest.digest),
+            // The manifest and its blobs are known to be right. docker-registry 2.8 finds a blob missing or wrong in the moment
+            // in which another copy mounts it, as it then writes the blob's link file anew.
+            Err(failure @ Error::Rejected { status: 400 | 404, .. }) => doubts.wait(failure).await?,
             Err(failure) => retry.wait(failure).await?,
         }
     }

@@ -16,19 +16,31 @@ pub(crate) struct Retry {
     delays: ExponentialBackoff,
     give_up: Instant,
     wait_out_limits: bool,
+    /// A refusal counts as passing, too.
+    doubts: bool,
 }
 
 impl Retry {
     /// For a request that can be asked until the access's patience with that registry ends.
     pub(crate) fn of_request(access: &Access, registry: &str) -> Self {
         let delays = backoff().without_max_times().build();
-        Self { delays, give_up: access.give_up(registry), wait_out_limits: access.wait_out_limits }
+        Self {
+            delays,
+            give_up: access.give_up(registry),
+            wait_out_limits: access.wait_out_limits,
+            doubts: false,
+        }
     }
 
     /// For moving a blob, which may take long before it fails: four more attempts.
     pub(crate) fn of_transfer(access: &Access) -> Self {
         let delays = backoff().with_max_times(4).build();
-        Self { delays, give_up: access.deadline, wait_out_limits: access.wait_out_limits }
+        Self { delays, give_up: access.deadline, wait_out_limits: access.wait_out_limits, doubts: false }
+    }
+
+    /// For a refusal of what is known to be right: four more attempts.
+    pub(crate) fn of_doubts(access: &Access) -> Self {
+        Self { doubts: true, ..Self::of_transfer(access) }
     }
 
     /// Waits until it is time for the next attempt; gives the failure back if there is to be none.
@@ -37,6 +49,7 @@ impl Retry {
             Error::Unavailable { problem: Problem::Tls(_), .. } => false,
             Error::Unavailable { .. } => true,
             Error::Limited { .. } => self.wait_out_limits,
+            Error::Rejected { .. } => self.doubts,
             _ => false,
         };
         let delay = if passing { self.delays.next() } else { None };

@@ -1,20 +1,18 @@
 //! Kiln's roles as processes of their own, some of them twice, on a real nats-server and a real registry.
 
+use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
 use kiln_proto::kiln_v1::builds_client::BuildsClient;
 use tempfile::TempDir;
-use tokio::process::{Child, Command};
 use tonic::transport::Channel;
 
 use crate::nats::{self, NatsServer};
+use crate::process::Process;
 use crate::registry::DockerRegistry;
-
-const SOON: Duration = Duration::from_secs(60);
 
 /// A fleet of role processes on this host. They are killed on drop.
 pub struct Fleet {
@@ -24,14 +22,6 @@ pub struct Fleet {
     seed: String,
     folder: TempDir,
     pub processes: Vec<Process>,
-}
-
-/// A role's process.
-pub struct Process {
-    pub role: &'static str,
-    child: Child,
-    health: SocketAddr,
-    grpc: SocketAddr,
 }
 
 impl Fleet {
@@ -53,40 +43,24 @@ impl Fleet {
         for role in roles {
             fleet.add(role).await?;
         }
-        for process in &fleet.processes {
-            process.ready().await.with_context(|| fleet.log())?;
+        for process in &mut fleet.processes {
+            process.ready().await?;
         }
         Ok(fleet)
     }
 
     /// Starts one more process; it is not waited for.
     pub async fn add(&mut self, role: &'static str) -> Result<()> {
-        let [health, metrics, grpc] = free_addresses()?;
-        let stderr =
-            std::fs::File::options().create(true).append(true).open(self.folder.path().join("stderr.log"))?;
-        let child = Command::new(&self.program)
-            .arg(role)
-            .env("KILN_LOG_FORMAT", "text")
-            .env("KILN_NATS__URL", self.nats.url())
-            .env("KILN_SEAL__SEED", &self.seed)
-            .env("KILN_ENGINE__LOCAL__FOLDER", self.folder.path().join("engine"))
-            .env("KILN_STREAMS__JOURNAL_MAX_BYTES", (256 << 20).to_string())
-            .env("KILN_STREAMS__LOGS_MAX_BYTES", (256 << 20).to_string())
-            .env("KILN_ORCHESTRATOR__BASE_IMAGE_REPOSITORY", format!("{}/base", self.registry))
-            .env("KILN_ORCHESTRATOR__WORKSPACE_IMAGE_REPOSITORY", format!("{}/workspace", self.registry))
-            .env("KILN_ORCHESTRATOR__FILE_REMOTES", "true")
-            .env("KILN_RESOLVER__FILE_REMOTES", "true")
-            .env("KILN_GATEWAY__FILE_REMOTES", "true")
-            .env("KILN_LISTEN__HEALTH", health.to_string())
-            .env("KILN_LISTEN__METRICS", metrics.to_string())
-            .env("KILN_LISTEN__GRPC", grpc.to_string())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(stderr)
-            .kill_on_drop(true)
-            .spawn()
-            .with_context(|| format!("start {role}"))?;
-        self.processes.push(Process { role, child, health, grpc });
+        let settings = Settings {
+            nats: &self.nats.url(),
+            registry: &self.registry,
+            seal_seed: &self.seed,
+            engine: &self.folder.path().join("engine"),
+        };
+        let stderr = self.folder.path().join("stderr.log");
+        let mut process = Process::new(&self.program, role, &stderr, settings.environment())?;
+        process.start()?;
+        self.processes.push(process);
         Ok(())
     }
 
@@ -100,7 +74,7 @@ impl Fleet {
     pub async fn clients(&self) -> Result<Vec<BuildsClient<Channel>>> {
         let mut clients = Vec::new();
         for gateway in self.processes.iter().filter(|process| process.role == "gateway") {
-            let channel = Channel::from_shared(format!("http://{}", gateway.grpc))?.connect().await?;
+            let channel = Channel::from_shared(format!("http://{}", gateway.grpc()))?.connect().await?;
             clients.push(BuildsClient::new(channel));
         }
         Ok(clients)
@@ -109,8 +83,7 @@ impl Fleet {
     /// SIGKILL to the process of a role that runs, the first of several.
     pub async fn kill(&mut self, role: &str) -> Result<()> {
         let at = self.processes.iter().position(|process| process.role == role).context("no such process")?;
-        self.processes.remove(at).child.kill().await?;
-        Ok(())
+        self.processes.remove(at).kill().await
     }
 
     /// What all of them said on standard error.
@@ -119,36 +92,63 @@ impl Fleet {
     }
 }
 
+/// What all roles of an installation must agree on.
+pub struct Settings<'a> {
+    /// `nats://host:port`, or several with commas between.
+    pub nats: &'a str,
+    /// `host:port`.
+    pub registry: &'a str,
+    pub seal_seed: &'a str,
+    /// The local engine's folder.
+    pub engine: &'a Path,
+}
+
+impl Settings<'_> {
+    /// As a role's process takes them. `file://` remotes are admitted, and streams are small.
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let mut environment = vec![
+            ("KILN_LOG_FORMAT", "text".to_owned()),
+            ("KILN_NATS__URL", self.nats.to_owned()),
+            ("KILN_SEAL__SEED", self.seal_seed.to_owned()),
+            ("KILN_ENGINE__LOCAL__FOLDER", self.engine.display().to_string()),
+            ("KILN_ORCHESTRATOR__BASE_IMAGE_REPOSITORY", format!("{}/base", self.registry)),
+            ("KILN_ORCHESTRATOR__WORKSPACE_IMAGE_REPOSITORY", format!("{}/workspace", self.registry)),
+        ];
+        for stream in ["KILN_STREAMS__JOURNAL_MAX_BYTES", "KILN_STREAMS__LOGS_MAX_BYTES"] {
+            environment.push((stream, (256 << 20).to_string()));
+        }
+        for role in
+            ["KILN_ORCHESTRATOR__FILE_REMOTES", "KILN_RESOLVER__FILE_REMOTES", "KILN_GATEWAY__FILE_REMOTES"]
+        {
+            environment.push((role, "true".to_owned()));
+        }
+        environment.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+}
+
 /// Addresses on loopback that nobody listens on, for a process that must be told its ports. They lie below the ports that
 /// the kernel gives to outgoing connections, one of which would else be there first now and then.
 pub fn free_addresses<const N: usize>() -> Result<[SocketAddr; N]> {
-    let mut held = Vec::new();
+    let addresses = free_ports(N)?.into_iter().map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+    addresses.collect::<Vec<_>>().try_into().map_err(|_| anyhow::anyhow!("no free ports"))
+}
+
+/// The ports of as many addresses as [`free_addresses`] gives. None is given twice, as whoever has it may not listen yet.
+pub(crate) fn free_ports(count: usize) -> Result<Vec<u16>> {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut ports = Vec::new();
     for _ in 0..10_000 {
-        if held.len() == N {
+        if ports.len() == count {
             break;
         }
         let port = rand::random_range(12_000..20_000);
-        held.extend(TcpListener::bind(("127.0.0.1", port)));
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() && given.insert(port) {
+            ports.push(port);
+        }
     }
-    let addresses: Vec<SocketAddr> = held.iter().map(TcpListener::local_addr).collect::<Result<_, _>>()?;
-    addresses.try_into().map_err(|_| anyhow::anyhow!("no free ports"))
-}
-
-impl Process {
-    async fn ready(&self) -> Result<()> {
-        let url = format!("http://{}/ready", self.health);
-        let ready = async {
-            loop {
-                if reqwest::get(&url).await.is_ok_and(|answer| answer.status().is_success()) {
-                    return;
-                }
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        let ready = tokio::time::timeout(SOON, ready).await;
-        ensure!(ready.is_ok(), "the {} is not ready", self.role);
-        Ok(())
-    }
+    ensure!(ports.len() == count, "no free ports");
+    Ok(ports)
 }
 
 impl Drop for Fleet {

@@ -1,7 +1,6 @@
 //! A real nats-server of one's own for each test: a child process on a free port, its store in a folder that is
 //! removed with it. One is up in some 10 ms, a cluster of three in a few seconds.
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -10,6 +9,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use serde_json::Value;
 use tempfile::TempDir;
+
+use crate::fleet::free_ports;
 
 /// How long a server may take to listen.
 const START: Duration = Duration::from_secs(20);
@@ -34,6 +35,8 @@ pub struct NatsServer {
 struct Routes {
     port: u16,
     all: Vec<u16>,
+    /// Clients are not told of the other nodes.
+    hidden: bool,
 }
 
 /// Some servers that are one JetStream cluster.
@@ -51,25 +54,34 @@ pub async fn run_server() -> Result<NatsServer> {
 
 /// Starts a cluster of `size` and waits until it takes streams.
 pub async fn run_cluster(size: usize) -> Result<NatsCluster> {
-    // The routes' ports are chosen before the servers have them: another process may be quicker.
+    cluster(size, false).await
+}
+
+/// Starts a cluster whose nodes don't tell clients of each other: who is given wires to them keeps to the wires.
+pub async fn run_hidden_cluster(size: usize) -> Result<NatsCluster> {
+    cluster(size, true).await
+}
+
+async fn cluster(size: usize, hidden: bool) -> Result<NatsCluster> {
+    // The ports are chosen before the servers have them: another process may be quicker.
     for _ in 0..3 {
-        match try_cluster(size).await {
+        match try_cluster(size, hidden).await {
             Ok(cluster) => return Ok(cluster),
             Err(error) => tracing::warn!("the cluster did not start, trying again: {error:#}"),
         }
     }
-    try_cluster(size).await
+    try_cluster(size, hidden).await
 }
 
-async fn try_cluster(size: usize) -> Result<NatsCluster> {
-    let held = (0..size).map(|_| TcpListener::bind(("127.0.0.1", 0))).collect::<Result<Vec<_>, _>>()?;
-    let all =
-        held.iter().map(|socket| socket.local_addr().map(|at| at.port())).collect::<Result<Vec<_>, _>>()?;
-    drop(held);
+async fn try_cluster(size: usize, hidden: bool) -> Result<NatsCluster> {
+    // Not the kernel's choice: while a node is down, an outgoing connection might get its port.
+    let mut ports = free_ports(2 * size)?;
+    let all = ports.split_off(size);
     let mut nodes = Vec::new();
-    for (number, port) in all.iter().enumerate() {
-        let routes = Routes { port: *port, all: all.clone() };
+    for (number, (port, route)) in ports.iter().zip(&all).enumerate() {
+        let routes = Routes { port: *route, all: all.clone(), hidden };
         let mut server = NatsServer::new(format!("node-{number}"), Some(routes))?;
+        server.port = *port;
         server.launch()?;
         nodes.push(server);
     }
@@ -79,6 +91,14 @@ async fn try_cluster(size: usize) -> Result<NatsCluster> {
     let cluster = NatsCluster { nodes };
     cluster.ready().await?;
     Ok(cluster)
+}
+
+/// The name of the node that leads a stream, asked of the servers at `url` (several with commas between).
+pub async fn leader_of(url: &str, stream: &str) -> Result<String> {
+    let servers = url.split(',').map(str::parse).collect::<Result<Vec<async_nats::ServerAddr>, _>>()?;
+    let js = async_nats::jetstream::new(async_nats::connect(servers).await?);
+    let info = js.get_stream(stream).await?.cached_info().clone();
+    info.cluster.and_then(|cluster| cluster.leader).context("the stream has no leader now")
 }
 
 impl NatsServer {
@@ -96,6 +116,11 @@ impl NatsServer {
     /// `127.0.0.1:port`.
     pub fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+
+    /// What it is called in its cluster.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Where its streams lie.
@@ -184,11 +209,11 @@ impl NatsServer {
             "server_name: {name}\nlisten: \"127.0.0.1:{port}\"\nports_file_dir: \"{folder}/ports\"\n\
              max_payload: 8388608\njetstream {{ store_dir: \"{folder}/store\", sync_interval: always }}\n"
         );
-        if let Some(Routes { port, all }) = &self.routes {
+        if let Some(Routes { port, all, hidden }) = &self.routes {
             let others = all.iter().filter(|other| *other != port);
             let routes: Vec<_> = others.map(|other| format!("\"nats://127.0.0.1:{other}\"")).collect();
             config.push_str(&format!(
-                "cluster {{ name: kiln, listen: \"127.0.0.1:{port}\", routes: [{}] }}\n",
+                "cluster {{ name: kiln, listen: \"127.0.0.1:{port}\", no_advertise: {hidden}, routes: [{}] }}\n",
                 routes.join(", ")
             ));
         }
@@ -284,10 +309,7 @@ impl NatsCluster {
     /// The node that leads a stream.
     pub async fn leader_of(&self, stream: &str) -> Result<usize> {
         let node = self.nodes.iter().find(|node| node.child.is_some()).context("no node runs")?;
-        let js = async_nats::jetstream::new(async_nats::connect(node.url()).await?);
-        let info = js.get_stream(stream).await?.cached_info().clone();
-        let leader =
-            info.cluster.and_then(|cluster| cluster.leader).context("the stream has no leader now")?;
+        let leader = leader_of(&node.url(), stream).await?;
         self.nodes
             .iter()
             .position(|node| node.name == leader)

@@ -8,7 +8,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use jiff::Timestamp;
 use kiln_domain::reference::{Digest, ImageReference};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -54,9 +56,7 @@ impl DockerRegistry {
     async fn launch(password: bool) -> Result<Self> {
         let folder = TempDir::new()?;
         std::fs::write(folder.path().join("htpasswd"), format!("{USERNAME}:{PASSWORD_HASH}\n"))?;
-        // reqwest wants a provider even for plain HTTP; it fails only where a test has installed one already.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = reqwest::Client::builder().no_proxy().tls_certs_only([]).build()?;
+        let client = plain_client()?;
         let mut registry = Self { folder, address: "127.0.0.1:0".into(), password, child: None, client };
         registry.start_again().await?;
         Ok(registry)
@@ -103,6 +103,36 @@ impl DockerRegistry {
         Ok(())
     }
 
+    /// SIGSTOP: it answers nothing, and its connections stay.
+    pub fn pause(&self) -> Result<()> {
+        self.signal(Signal::STOP)
+    }
+
+    /// SIGCONT after [`pause`](Self::pause).
+    pub fn resume(&self) -> Result<()> {
+        self.signal(Signal::CONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        let child = self.child.as_ref().context("the registry does not run")?;
+        kill_process(Pid::from_child(child), signal).context("signal the registry")
+    }
+
+    /// The manifests that were put since its start, by its own log: the path of each, and when that was done.
+    pub fn puts(&self) -> Result<Vec<(Timestamp, String)>> {
+        let log = std::fs::read_to_string(self.folder.path().join("log"))?;
+        let mut puts = Vec::new();
+        for line in log.lines().filter(|line| line.contains("\"response completed\"")) {
+            let line: Value = serde_json::from_str(line)?;
+            let text = |name: &str| line.get(name).and_then(Value::as_str).unwrap_or_default();
+            let path = text("http.request.uri");
+            if text("http.request.method") == "PUT" && path.contains("/manifests/") {
+                puts.push((text("time").parse()?, path.to_owned()));
+            }
+        }
+        Ok(puts)
+    }
+
     fn config(&self) -> String {
         let folder = self.folder.path().display();
         let auth = if self.password {
@@ -111,7 +141,7 @@ impl DockerRegistry {
             String::new()
         };
         format!(
-            "version: 0.1\nlog: {{accesslog: {{disabled: true}}}}\nstorage:\n  filesystem: {{rootdirectory: {folder}/storage}}\n  \
+            "version: 0.1\nlog: {{accesslog: {{disabled: true}}, formatter: json}}\nstorage:\n  filesystem: {{rootdirectory: {folder}/storage}}\n  \
              delete: {{enabled: true}}\nhttp: {{addr: \"{}\", secret: tests}}\n{auth}",
             self.address
         )
@@ -239,6 +269,13 @@ impl Drop for DockerRegistry {
     }
 }
 
+/// A client for plain HTTP on this host.
+pub(crate) fn plain_client() -> Result<reqwest::Client> {
+    // reqwest wants a provider even for plain HTTP; it fails only where a test has installed one already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    Ok(reqwest::Client::builder().no_proxy().tls_certs_only([]).build()?)
+}
+
 /// Debian's name, or upstream's.
 fn binary() -> Result<&'static str> {
     let runs = |name: &&str| {
@@ -331,6 +368,8 @@ mod tests {
     async fn an_image_survives_a_restart_on_the_same_address() {
         let mut registry = DockerRegistry::start().await.unwrap();
         let digest = registry.push_image("a/b:1", "linux/amd64", &[("x", b"y")]).await.unwrap();
+        let puts = registry.puts().unwrap();
+        assert_eq!(puts.iter().map(|(_, path)| path.as_str()).collect::<Vec<_>>(), ["/v2/a/b/manifests/1"]);
         let address = registry.address().to_owned();
         registry.start_again().await.unwrap();
         assert_eq!(registry.address(), address);

@@ -2,6 +2,7 @@
 
 #![cfg(test)]
 
+mod chaos;
 mod house_rules;
 mod model;
 mod schemas;

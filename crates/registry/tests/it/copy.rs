@@ -57,6 +57,55 @@ async fn within_a_registry_blobs_are_mounted_not_moved() {
 }
 
 #[tokio::test]
+async fn what_is_there_is_not_mounted_again() {
+    let registry = DockerRegistry::start().await.unwrap();
+    registry.push_image("base/app:1", "linux/amd64", FILES).await.unwrap();
+    let front = forwarding(&registry).await;
+    for tag in ["ws/app:x", "ws/app:y"] {
+        copy(&through(&front, "base/app:1"), &through(&front, tag), &at_once()).await.unwrap();
+        assert_eq!(front.count("POST", ""), 2, "{tag}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_copies_at_once_of_images_with_the_same_layers() {
+    let registry = DockerRegistry::start().await.unwrap();
+    let digest = registry.push_image("base:1", "linux/amd64", FILES).await.unwrap();
+    let from = registry.reference("base:1").unwrap();
+    let copies = (0..100).map(|number| {
+        let (from, to) = (from.clone(), registry.reference(&format!("ws:{number}")).unwrap());
+        async move { copy(&from, &to, &Access::anonymous(LONG)).await }
+    });
+    for copied in futures::future::join_all(copies).await {
+        assert_eq!(copied.unwrap(), digest);
+    }
+}
+
+/// docker-registry answers so while another copy mounts the same blobs.
+#[tokio::test]
+async fn a_manifest_that_is_refused_for_blobs_that_are_there_is_put_again() {
+    let registry = DockerRegistry::start().await.unwrap();
+    let digest = registry.push_image("app:1", "linux/amd64", FILES).await.unwrap();
+    let refusing = async |times: usize| {
+        let (upstream, puts) = (registry.address().to_owned(), AtomicUsize::new(0));
+        Front::start(move |asked| {
+            let refused = asked.is("PUT", "/manifests/") && puts.fetch_add(1, Ordering::Relaxed) < times;
+            let codes = br#"{"errors":[{"code":"DIGEST_INVALID"},{"code":"MANIFEST_BLOB_UNKNOWN"}]}"#;
+            if refused { Reply::status(400).body(*codes) } else { Reply::Forward(upstream.clone()) }
+        })
+        .await
+    };
+    let front = refusing(2).await;
+    let copied = copy(&through(&front, "app:1"), &through(&front, "ws:1"), &Access::anonymous(LONG)).await;
+    assert_eq!(copied.unwrap(), digest);
+    // What stays refused is told.
+    let front = refusing(usize::MAX).await;
+    let copied = copy(&through(&front, "app:1"), &through(&front, "ws:2"), &Access::anonymous(LONG)).await;
+    assert!(matches!(copied, Err(Error::Rejected { status: 400, .. })), "{copied:?}");
+    assert_eq!(front.count("PUT", "/manifests/"), 5);
+}
+
+#[tokio::test]
 async fn a_registry_without_mounts_is_uploaded_to() {
     let registry = DockerRegistry::start().await.unwrap();
     let digest = registry.push_image("base/app:1", "linux/amd64", FILES).await.unwrap();

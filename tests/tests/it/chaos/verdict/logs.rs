@@ -1,0 +1,139 @@
+//! Every log is complete, the same for whoever reads it, and byte for byte what the builders wrote.
+
+use anyhow::{Context as _, Result};
+use kiln_domain::id::{BuildId, RunId};
+use kiln_domain::record::{Record, State};
+use kiln_domain::source::Source;
+use kiln_proto::kiln_v1 as api;
+
+use super::{Evidence, Problem};
+use crate::chaos::callers::{Answer, Seen, insist};
+use crate::chaos::sources::{printed, secret};
+
+pub(super) async fn check(evidence: &Evidence<'_>) -> Result<Vec<Problem>> {
+    let mut problems = Vec::new();
+    let clients = evidence.world.clients()?;
+    for (id, record) in &evidence.records {
+        // Each gateway is asked, and none may need to wait.
+        for gateway in 0..clients.len() {
+            match read(&clients, gateway, id).await? {
+                (_, false) => problems.push(Problem::of(id, "its log is not complete")),
+                (log, true) => {
+                    problems
+                        .extend(compare(&log, &written(evidence, record)).map(|text| Problem::of(id, text)));
+                }
+            }
+        }
+        problems.extend(holds_what_was_printed(evidence, record).map(|text| Problem::of(id, text)));
+    }
+    for Seen { answer, .. } in evidence.seen {
+        let Answer::Build { last, logs, .. } = answer else { continue };
+        let id: BuildId = last.id.parse()?;
+        let Some(record) = evidence.records.get(&id) else { continue };
+        let expected = written(evidence, record);
+        for log in logs {
+            let text = compare(log, &expected).map(|text| format!("as a follower read it, {text}"));
+            problems.extend(text.map(|text| Problem::of(&id, text)));
+        }
+    }
+    Ok(problems)
+}
+
+async fn read(
+    clients: &[api::builds_client::BuildsClient<tonic::transport::Channel>],
+    gateway: usize,
+    id: &BuildId,
+) -> Result<(Vec<u8>, bool)> {
+    let client = clients.get(gateway..=gateway).context("a gateway")?;
+    let request = api::BuildLogsRequest { id: id.to_string(), follow: false, start: None };
+    let mut chunks =
+        insist(client, 0, async |mut client: api::builds_client::BuildsClient<tonic::transport::Channel>| {
+            client.build_logs(request.clone()).await
+        })
+        .await?;
+    let (mut log, mut complete) = (Vec::new(), false);
+    while let Some(chunk) = chunks.message().await? {
+        log.extend_from_slice(&chunk.content);
+        complete |= chunk.complete;
+    }
+    Ok((log, complete))
+}
+
+/// What the log of a build must be: the outputs of its attempts, with a line of the relay between them, and the secret masked.
+fn written(evidence: &Evidence<'_>, record: &Record) -> Vec<u8> {
+    let mut log: Vec<u8> = Vec::new();
+    for attempt in 1..=record.attempt {
+        if attempt > 1 {
+            if log.last().is_some_and(|last| *last != b'\n') {
+                log.push(b'\n');
+            }
+            let line = format!("kiln: attempt {} was lost; attempt {attempt} follows\n", attempt - 1);
+            log.extend_from_slice(line.as_bytes());
+        }
+        let output = evidence.outputs.get(&RunId::new(&record.id, attempt));
+        log.extend_from_slice(output.map_or(&[], Vec::as_slice));
+    }
+    if log.is_empty() {
+        log.extend_from_slice(last_words(record).as_bytes());
+    }
+    // Outputs are text here.
+    let Ok(text) = String::from_utf8(log) else { return Vec::new() };
+    image_of(record).map_or(text.clone(), |number| text.replace(&secret(number), "***")).into_bytes()
+}
+
+/// What the relay says of a build of which nothing ran.
+fn last_words(record: &Record) -> String {
+    match record.state {
+        State::Cancelled => "kiln: the build was cancelled before it started\n".into(),
+        State::Failed => format!("kiln: the build failed before it started: {}\n", record.message),
+        _ => "kiln: nothing was run: the image was there\n".into(),
+    }
+}
+
+/// The image's number in the plan.
+fn image_of(record: &Record) -> Option<usize> {
+    let Source::Dockerfile(source) = &record.source else { return None };
+    source.build_args.get("IMAGE")?.parse().ok()
+}
+
+fn compare(log: &[u8], expected: &[u8]) -> Option<String> {
+    if log == expected {
+        return None;
+    }
+    let same = log.iter().zip(expected).take_while(|(a, b)| a == b).count();
+    let from = |bytes: &[u8]| {
+        let rest = &bytes[same.saturating_sub(40)..];
+        String::from_utf8_lossy(&rest[..rest.len().min(200)]).into_owned()
+    };
+    Some(format!(
+        "its log of {} bytes and the builders' {} bytes differ from byte {same} on: {:?}, not {:?}",
+        log.len(),
+        expected.len(),
+        from(log),
+        from(expected)
+    ))
+}
+
+/// Outputs are looked at themselves, too: they could be lost with the log.
+fn holds_what_was_printed(evidence: &Evidence<'_>, record: &Record) -> Option<String> {
+    let number = image_of(record)?;
+    let printed = printed(number, *evidence.plan.images.get(number)?);
+    let output = evidence.outputs.get(&record.run());
+    let output = String::from_utf8_lossy(output.map_or(&[], Vec::as_slice)).into_owned();
+    if record.state == State::Succeeded && output.is_empty() {
+        return Some("it succeeded, and its last run left no output".into());
+    }
+    // Nothing is printed where only the copy was left to be made, or the build tool knew the step already.
+    let last_step = output.rsplit("\nSTEP ").next().unwrap_or_default();
+    let ran = output.contains("kiln: pushing") && !last_step.contains("\n--> Using cache");
+    (ran && output.matches(&printed).count() != 1)
+        .then(|| format!("its step printed {} bytes, and the output lacks them: {output:?}", printed.len()))
+}
+
+#[test]
+fn a_log_that_differs_is_seen() {
+    assert_eq!(compare(b"abc", b"abc"), None);
+    for log in ["ab", "abcd", "abd", "aabc", ""] {
+        assert!(compare(log.as_bytes(), b"abc").is_some(), "{log}");
+    }
+}
