@@ -4,6 +4,7 @@
 //! appends on, where a read ends) comes from the stream's leader; the bytes themselves from any replica.
 
 mod append;
+mod info;
 mod live;
 mod message;
 mod progress;
@@ -23,6 +24,7 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 pub use self::append::{AppendError, LogWriter};
+pub use self::info::Extent;
 pub use self::read::{Chunk, Start, Until};
 
 use self::live::Live;
