@@ -96,6 +96,20 @@ impl Builds for BuildsApi {
         self.metrics.call("BuildLogs", request, |request| self.log(request)).await
     }
 
+    async fn build_log_info(
+        &self,
+        request: Request<api::BuildLogInfoRequest>,
+    ) -> Result<Response<api::LogInfo>, Status> {
+        self.metrics
+            .call("BuildLogInfo", request, async |request| {
+                let log = self.build_logs.open(&request::build_id(&request.id)?).await;
+                let log = log.map_err(status::of_read)?;
+                let info = log.info().await.map_err(status::of_read)?;
+                Ok(convert::log_info(log.id(), &info))
+            })
+            .await
+    }
+
     async fn list_builds(
         &self,
         request: Request<api::ListBuildsRequest>,

@@ -5,7 +5,7 @@
 use futures::{Stream, StreamExt as _};
 use kiln_bus::BusError;
 use kiln_bus::journal::{Entry, Journal};
-use kiln_bus::logs::{Chunk, Extent, LogError, Logs, Start, Until};
+use kiln_bus::logs::{Chunk, Extent, LogError, LogInfo, Logs, Start, Until};
 use kiln_bus::view::View;
 use kiln_domain::id::BuildId;
 use kiln_domain::record::State;
@@ -98,6 +98,11 @@ impl BuildLog {
     /// Which bytes of it are there; `None` where none are.
     pub(crate) async fn extent(&self) -> Result<Option<Extent>, ReadError> {
         Ok(self.of.logs.extent(&self.id).await?)
+    }
+
+    /// What is to be said of it.
+    pub(crate) async fn info(&self) -> Result<LogInfo, ReadError> {
+        self.of.logs.info(&self.id).await?.ok_or_else(|| self.missing())
     }
 
     /// Why there is nothing.

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use async_nats::jetstream::stream::{LastRawMessageErrorKind, RawMessageError, Stream};
+use jiff::Timestamp;
 use kiln_contract::error::{Code, Refusal};
 use kiln_contract::subject;
 use kiln_domain::engine::Cursor;
@@ -24,7 +25,7 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 pub use self::append::{AppendError, LogWriter};
-pub use self::info::Extent;
+pub use self::info::{Extent, Kept, LogInfo};
 pub use self::read::{Chunk, Start, Until};
 
 use self::live::Live;
@@ -76,6 +77,8 @@ pub struct LogTail {
     pub source: Source,
     /// Nothing follows.
     pub complete: bool,
+    /// The builder wrote more than the log may hold.
+    pub limited: bool,
 }
 
 /// Why a log can't be read.
@@ -120,14 +123,14 @@ impl Logs {
     /// claimed it yet, or retention has removed it.
     pub async fn tail(&self, id: &BuildId) -> Result<Option<LogTail>, BusError> {
         let found = self.stream().await?.get_last_raw_message_by_subject(&subject::log(id)).await;
-        Ok(message_of(found)?.map(|message| message.tail()))
+        Ok(message_of(found)?.map(|(message, _)| message.tail()))
     }
 
     /// The first message at or after a sequence, from the stream's leader.
     async fn next_from_leader(&self, id: &BuildId, sequence: u64) -> Result<Option<LogMessage>, BusError> {
         let stream = self.stream().await?;
         let asked = stream.raw_message_builder().sequence(sequence).next_by_subject(subject::log(id));
-        message_of(asked.send().await)
+        Ok(message_of(asked.send().await)?.map(|(message, _)| message))
     }
 
     async fn stream(&self) -> Result<Stream<()>, BusError> {
@@ -136,11 +139,17 @@ impl Logs {
     }
 }
 
+/// A message that was asked for, and when it was stored.
 fn message_of(
     found: Result<async_nats::jetstream::message::StreamMessage, RawMessageError>,
-) -> Result<Option<LogMessage>, BusError> {
+) -> Result<Option<(LogMessage, Timestamp)>, BusError> {
     match found {
-        Ok(found) => LogMessage::stored(found.sequence, &found.headers, found.payload).map(Some),
+        Ok(found) => {
+            let stored_at = Timestamp::from_nanosecond(found.time.unix_timestamp_nanos())
+                .map_err(|error| BusError::malformed(READ, error))?;
+            let message = LogMessage::stored(found.sequence, &found.headers, found.payload)?;
+            Ok(Some((message, stored_at)))
+        }
         Err(error) if matches!(error.kind(), LastRawMessageErrorKind::NoMessageFound) => Ok(None),
         Err(error) => Err(BusError::unavailable(READ, error)),
     }

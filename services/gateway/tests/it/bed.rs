@@ -15,6 +15,8 @@ use kiln_domain::engine::Cursor;
 use kiln_domain::id::{BuildId, InstanceId};
 use kiln_domain::transition::Change;
 use kiln_gateway::{Config, Parts};
+use kiln_proto::kiln_v1::WatchBuildRequest;
+use kiln_proto::kiln_v1::builds_client::BuildsClient;
 use kiln_testkit::nats::{NatsServer, run_server};
 use kiln_testkit::records::queued;
 use prometheus_client::registry::Registry;
@@ -113,6 +115,19 @@ impl Bed {
             anyhow::Ok(())
         };
         tokio::time::timeout(LONG, waiting).await.with_context(|| format!("{:?} readers", self.readers()))?
+    }
+
+    /// Waits until the gateway's view has a build's end.
+    pub(crate) async fn until_over(&self, id: &BuildId) -> Result<()> {
+        let mut client = BuildsClient::connect(format!("http://{}", self.address)).await?;
+        let request = WatchBuildRequest { id: id.to_string() };
+        let mut builds = client.watch_build(request).await?.into_inner();
+        let over = async {
+            // It ends with the terminal record.
+            while builds.message().await?.is_some() {}
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(LONG, over).await.context("it is not over")?
     }
 
     /// Ends the gateway, and waits for it.

@@ -11,7 +11,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use kiln_domain::id::{BuildId, ImageKey};
 use kiln_proto::kiln_v1::builds_client::BuildsClient;
-use kiln_proto::kiln_v1::{BuildLogsRequest, BuildStatusRequest};
+use kiln_proto::kiln_v1::{BuildLogInfoRequest, BuildLogsRequest, BuildStatusRequest};
 use reqwest::{RequestBuilder, Response, StatusCode, Version};
 use serde_json::Value;
 use tokio::time::timeout;
@@ -154,6 +154,7 @@ async fn what_can_not_be_read_is_said_with_its_reason() -> Result<()> {
     // The record is kept longer than the log.
     let mut past = bed.build(2).await?;
     past.cancel().await?;
+    bed.until_over(&past.id).await?;
     said(bed.get(&past.path()), 404, "log-expired", "retention").await?;
     bed.end().await
 }
@@ -174,6 +175,25 @@ async fn grpc_is_answered_on_the_same_port() -> Result<()> {
         log.extend(chunk.content);
     }
     assert_eq!(log, b"a log");
+    let request = BuildLogInfoRequest { id: play.id.to_string() };
+    let info = client.build_log_info(request.clone()).await?.into_inner();
+    assert_eq!(
+        (info.length, info.first_offset, info.chunks, info.complete, info.limited),
+        (5, 0, 3, true, false)
+    );
+    let (stored, expires) = (info.last_stored_at.unwrap(), info.last_expires_at.unwrap());
+    assert_eq!(expires.seconds - stored.seconds, 3600);
+    // Of a log that is not there it is said why.
+    let mut none = bed.build(2).await?;
+    let request = BuildLogInfoRequest { id: none.id.to_string() };
+    let waits = client.build_log_info(request.clone()).await.unwrap_err();
+    assert_eq!(waits.code(), tonic::Code::NotFound);
+    assert!(waits.message().contains("not begun yet"), "{waits}");
+    none.cancel().await?;
+    bed.until_over(&none.id).await?;
+    let expired = client.build_log_info(request).await.unwrap_err();
+    assert_eq!(expired.code(), tonic::Code::NotFound);
+    assert!(expired.message().contains("retention"), "{expired}");
     let unknown = client.build_status(BuildStatusRequest { id: "x".into() }).await.unwrap_err();
     assert_eq!(unknown.code(), tonic::Code::InvalidArgument);
     // A service that isn't there is answered in gRPC's own words.
