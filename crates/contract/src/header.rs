@@ -14,6 +14,8 @@ pub const LOG_OFFSET: &str = "Kiln-Offset";
 pub const LOG_SOURCE_CURSOR: &str = "Kiln-Source-Cursor";
 /// On the last message of a log.
 pub const LOG_COMPLETE: &str = "Kiln-Complete";
+/// On the messages of a log that has reached its size limit, from that one on.
+pub const LOG_LIMITED: &str = "Kiln-Limited";
 
 /// CloudEvents 1.0, NATS protocol binding, binary mode.
 pub mod cloudevents {

@@ -35,7 +35,7 @@ use crate::{convert, request, status};
 /// How long a question that asks a registry or git remote may take; one that doesn't answers in milliseconds.
 const PATIENCE: Duration = Duration::from_secs(50);
 /// How long a call waits until the gateway's own view has what the answer says.
-const OWN_VIEW: Duration = Duration::from_secs(1);
+pub(crate) const OWN_VIEW: Duration = Duration::from_secs(1);
 
 /// The service behind `kiln.v1.Builds`.
 pub(crate) struct BuildsApi {
@@ -94,6 +94,20 @@ impl Builds for BuildsApi {
         request: Request<api::BuildLogsRequest>,
     ) -> Result<Response<Self::BuildLogsStream>, Status> {
         self.metrics.call("BuildLogs", request, |request| self.log(request)).await
+    }
+
+    async fn build_log_info(
+        &self,
+        request: Request<api::BuildLogInfoRequest>,
+    ) -> Result<Response<api::LogInfo>, Status> {
+        self.metrics
+            .call("BuildLogInfo", request, async |request| {
+                let log = self.build_logs.open(&request::build_id(&request.id)?).await;
+                let log = log.map_err(status::of_read)?;
+                let info = log.info().await.map_err(status::of_read)?;
+                Ok(convert::log_info(log.id(), &info))
+            })
+            .await
     }
 
     async fn list_builds(
@@ -247,7 +261,8 @@ impl BuildsApi {
             Some(api::build_logs_request::Start::Offset(offset)) => Start::Offset(offset),
             Some(api::build_logs_request::Start::TailBytes(bytes)) => Start::Tail(bytes),
         };
-        let chunks = self.build_logs.read(&id, start, request.follow).await.map_err(status::of_read)?;
+        let log = self.build_logs.open(&id).await.map_err(status::of_read)?;
+        let chunks = log.read(start, request.follow);
         Ok(Box::pin(chunks.map(|chunk| chunk.map(convert::chunk).map_err(status::of_read))))
     }
 

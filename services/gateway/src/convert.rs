@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use kiln_bus::journal::Entry;
-use kiln_bus::logs::Chunk;
+use kiln_bus::logs::{Chunk, LogInfo};
 use kiln_contract::cache_warmer::WarmImage;
 use kiln_contract::event::Progress;
 use kiln_domain::failure::FailureReason;
+use kiln_domain::id::BuildId;
 use kiln_domain::record::State;
 use kiln_domain::step::Step;
 use kiln_proto::kiln_v1 as api;
@@ -59,6 +60,28 @@ pub(crate) fn warm_image(image: WarmImage) -> api::WarmImage {
 /// A piece of a log.
 pub(crate) fn chunk(chunk: Chunk) -> api::LogChunk {
     api::LogChunk { content: chunk.bytes.to_vec(), offset: chunk.offset, complete: chunk.complete }
+}
+
+/// What is to be said of a log.
+pub(crate) fn log_info(id: &BuildId, info: &LogInfo) -> api::LogInfo {
+    let expires = |stored: Timestamp| {
+        // For NATS, no age is every age.
+        let end = stored.checked_add(info.max_age).ok().filter(|_| !info.max_age.is_zero());
+        end.map(timestamp)
+    };
+    let (first, last) = info.stored;
+    api::LogInfo {
+        id: id.to_string(),
+        length: info.extent.end,
+        first_offset: info.extent.first,
+        chunks: info.chunks,
+        complete: info.extent.complete,
+        limited: info.limited,
+        first_stored_at: Some(timestamp(first)),
+        last_stored_at: Some(timestamp(last)),
+        first_expires_at: expires(first),
+        last_expires_at: expires(last),
+    }
 }
 
 pub(crate) fn state(state: State) -> api::BuildState {

@@ -1,6 +1,6 @@
-//! The gateway: the public gRPC API. It only translates between gRPC and the bus.
+//! The gateway: the public API. It only translates between gRPC, or HTTP for logs, and the bus.
 //!
-//! - *I am asked* by clients, over gRPC: to build, watch, list, cancel, resolve, and for logs.
+//! - *I am asked* by clients, over gRPC: to build, watch, list, cancel, resolve, and for logs; over HTTP for logs.
 //! - *I ask* an orchestrator to build and cancel, a resolver to resolve; records and logs I read from the bus myself.
 //! - *I tell* nobody anything but my callers.
 //! - *I never* decide what becomes of a build, append to a stream, or speak to a registry, a git remote or an engine.
@@ -8,6 +8,7 @@
 mod builds;
 mod config;
 mod convert;
+mod http;
 mod list;
 mod log;
 mod queue;
@@ -27,10 +28,12 @@ use kiln_bus::logs::Logs;
 use kiln_bus::seal::SealKey;
 use kiln_bus::view::View;
 use kiln_proto::kiln_v1::builds_server::BuildsServer;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 
 use crate::builds::BuildsApi;
@@ -81,19 +84,22 @@ pub async fn run(
     let reflection_alpha = described().build_v1alpha().context("gRPC reflection")?;
     let journal = Journal::open(&bus).await.context("open the journal")?;
     let steps = Steps::start(&logs, &view, &tasks, &ended);
+    let readers = Gauge::default();
+    metrics.register("log_readers", "Reads of logs that go on, over gRPC and HTTP", readers.clone());
     let build_logs = BuildLogs {
         view: view.clone(),
         journal: journal.clone(),
         logs,
         tasks: tasks.clone(),
         stop: stop.clone(),
+        readers,
     };
     let api = BuildsApi {
         config,
         steps,
         queue: Queue::start(&view, &tasks, &ended),
         journal,
-        build_logs,
+        build_logs: build_logs.clone(),
         bus: bus.clone(),
         view: view.clone(),
         seal_key,
@@ -127,18 +133,23 @@ pub async fn run(
             }
         }
     });
-    // Health is answered from the beginning; a call that needs the whole view is refused until it is there.
-    let catching_up = view.clone();
-    let announced = async { ready_once(&catching_up, ready, metrics, &stop).await };
+    let services =
+        Routes::new(health).add_service(reflection).add_service(reflection_alpha).add_service(builds);
+    let incoming = TcpIncoming::from(listener)
+        .with_nodelay(Some(true))
+        // What HTTP/2's pings are to the others: a peer that is gone without a word is noticed within a minute.
+        .with_keepalive(Some(Duration::from_secs(30)))
+        .with_keepalive_interval(Some(Duration::from_secs(10)))
+        .with_keepalive_retries(Some(3));
     let serving = tonic::transport::Server::builder()
+        .accept_http1(true)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
         .max_connection_age_grace(Duration::from_secs(5))
-        .add_service(health)
-        .add_service(reflection)
-        .add_service(reflection_alpha)
-        .add_service(builds)
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stop.cancelled());
+        .add_routes(http::routes(services, build_logs, &mut metrics))
+        .serve_with_incoming_shutdown(incoming, stop.cancelled());
+    // Health is answered from the beginning; a call that needs the whole view is refused until it is there.
+    let announced = ready_once(&view, ready, metrics, &stop);
     let (served, ()) = tokio::join!(serving, announced);
     ended.cancel();
     tasks.close();

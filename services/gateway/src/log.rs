@@ -5,13 +5,16 @@
 use futures::{Stream, StreamExt as _};
 use kiln_bus::BusError;
 use kiln_bus::journal::{Entry, Journal};
-use kiln_bus::logs::{Chunk, LogError, Logs, Start, Until};
+use kiln_bus::logs::{Chunk, Extent, LogError, LogInfo, Logs, Start, Until};
 use kiln_bus::view::View;
 use kiln_domain::id::BuildId;
+use kiln_domain::record::State;
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::builds::OWN_VIEW;
 use crate::stopping::{Stopping, until_stopped};
 
 /// Reads logs until `stop`; clones share it.
@@ -22,6 +25,8 @@ pub(crate) struct BuildLogs {
     pub(crate) logs: Logs,
     pub(crate) tasks: TaskTracker,
     pub(crate) stop: CancellationToken,
+    /// Reads that go on, by whatever protocol.
+    pub(crate) readers: Gauge,
 }
 
 /// Why a client doesn't get a log, or not the rest of it.
@@ -30,43 +35,43 @@ pub(crate) enum ReadError {
     /// Neither its record is there nor its log.
     #[error("build {id} not found: it never was, or is past retention")]
     UnknownBuild { id: BuildId },
+    /// It will have one.
+    #[error("the log of build {id} is not begun yet")]
+    NotBegun { id: BuildId },
+    /// Its record is kept longer than its log.
+    #[error("there is no log of build {id} any more: retention has removed all of it")]
+    Expired { id: BuildId },
     #[error(transparent)]
-    Log(#[from] LogError),
+    Log(LogError),
     #[error(transparent)]
     Bus(#[from] BusError),
     #[error(transparent)]
     Stopping(#[from] Stopping),
 }
 
+/// A build's log, before it is read.
+pub(crate) struct BuildLog {
+    of: BuildLogs,
+    id: BuildId,
+    /// Nobody runs it, so that nobody will begin its log.
+    pub(crate) is_over: bool,
+}
+
 impl BuildLogs {
-    /// The log from `start` to what is there now, or, with `follow`, to its end. The first error ends it.
-    pub(crate) async fn read(
-        &self,
-        id: &BuildId,
-        start: Start,
-        follow: bool,
-    ) -> Result<impl Stream<Item = Result<Chunk, ReadError>> + Send + use<>, ReadError> {
+    /// The log of a build that there is, or that there was and whose log is left.
+    pub(crate) async fn open(&self, id: &BuildId) -> Result<BuildLog, ReadError> {
         let build = self.find(id).await?;
-        let over = CancellationToken::new();
-        let reading = over.clone().drop_guard();
-        let until = if follow { Until::Complete { over: over.clone() } } else { Until::Now };
-        if build.is_none_or(|entry| entry.record.state.is_terminal()) {
-            over.cancel();
-        } else if follow {
-            let (view, id) = (self.view.clone(), id.clone());
-            self.tasks.spawn(async move {
-                tokio::select! {
-                    // The reader is gone.
-                    () = over.cancelled() => {}
-                    () = ended(&view, &id) => over.cancel(),
-                }
-            });
-        }
-        let chunks = self.logs.read(id, start, until).map(move |chunk| {
-            let _ = &reading;
-            chunk.map_err(ReadError::from)
-        });
-        Ok(until_stopped(chunks, self.stop.clone()))
+        let is_over = build.is_none_or(|entry| entry.record.state.is_terminal());
+        Ok(BuildLog { of: self.clone(), id: id.clone(), is_over })
+    }
+
+    /// How a build ended whose log is complete; `None` where its record is past retention. A log ends after its build, but
+    /// our view may hear of that later.
+    pub(crate) async fn final_state(&self, id: &BuildId) -> Option<State> {
+        self.view.get(id)?;
+        // A view that hears nothing has another state to tell.
+        let _ = tokio::time::timeout(OWN_VIEW, ended(&self.view, id)).await;
+        self.view.get(id).map(|entry| entry.record.state)
     }
 
     /// The build whose log is to be read; `None` where only its log is left: logs and records are kept for different
@@ -82,6 +87,72 @@ impl BuildLogs {
             Some(_) => Ok(None),
             None => Err(ReadError::UnknownBuild { id: id.clone() }),
         }
+    }
+}
+
+impl BuildLog {
+    pub(crate) fn id(&self) -> &BuildId {
+        &self.id
+    }
+
+    /// Which bytes of it are there; `None` where none are.
+    pub(crate) async fn extent(&self) -> Result<Option<Extent>, ReadError> {
+        Ok(self.of.logs.extent(&self.id).await?)
+    }
+
+    /// What is to be said of it.
+    pub(crate) async fn info(&self) -> Result<LogInfo, ReadError> {
+        self.of.logs.info(&self.id).await?.ok_or_else(|| self.missing())
+    }
+
+    /// Why there is nothing.
+    pub(crate) fn missing(&self) -> ReadError {
+        let id = self.id.clone();
+        if self.is_over { ReadError::Expired { id } } else { ReadError::NotBegun { id } }
+    }
+
+    /// The log from `start` to what is there now, or, with `follow`, to its end. The first error ends it.
+    pub(crate) fn read(
+        self,
+        start: Start,
+        follow: bool,
+    ) -> impl Stream<Item = Result<Chunk, ReadError>> + Send + use<> {
+        let over = CancellationToken::new();
+        let reading = over.clone().drop_guard();
+        let until = if follow { Until::Complete { over: over.clone() } } else { Until::Now };
+        if self.is_over {
+            over.cancel();
+        } else if follow {
+            let (view, id) = (self.of.view.clone(), self.id.clone());
+            self.of.tasks.spawn(async move {
+                tokio::select! {
+                    // The reader is gone.
+                    () = over.cancelled() => {}
+                    () = ended(&view, &id) => over.cancel(),
+                }
+            });
+        }
+        let stop = self.of.stop.clone();
+        self.of.readers.inc();
+        let counted = Counted(self.of.readers.clone());
+        let chunks = self.of.logs.read(&self.id, start, until).map(move |chunk| {
+            let _ = (&reading, &counted);
+            chunk.map_err(|error| match error {
+                LogError::NotFound { .. } => self.missing(),
+                LogError::Bus(error) => error.into(),
+                error => ReadError::Log(error),
+            })
+        });
+        until_stopped(chunks, stop)
+    }
+}
+
+/// A read that goes on, until it is dropped.
+struct Counted(Gauge);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
     }
 }
 

@@ -1,5 +1,6 @@
 //! Errors of the bus as gRPC's: the one place where they are mapped.
 
+use kiln_bus::logs::LogError;
 use kiln_contract::error::{Code, Refusal};
 use tonic::Status;
 
@@ -31,17 +32,16 @@ pub(crate) fn of_bus(error: kiln_bus::BusError) -> Status {
 
 /// Why a log can't be read, with the field of the request that it is about.
 pub(crate) fn of_read(error: ReadError) -> Status {
-    let refusal = match error {
-        ReadError::UnknownBuild { .. } => return Status::not_found(format!("id: {error}")),
-        ReadError::Stopping(stopping) => return stopping.into(),
-        ReadError::Log(error) => Refusal::from(error),
-        ReadError::Bus(error) => Refusal::from(error),
-    };
-    let status = of(&refusal);
-    match status.code() {
-        tonic::Code::OutOfRange => Status::out_of_range(format!("offset: {}", status.message())),
-        tonic::Code::NotFound => Status::not_found(format!("id: {}", status.message())),
-        _ => status,
+    match error {
+        ReadError::UnknownBuild { .. } | ReadError::NotBegun { .. } | ReadError::Expired { .. } => {
+            Status::not_found(format!("id: {error}"))
+        }
+        ReadError::Log(error @ (LogError::Discarded { .. } | LogError::Beyond { .. })) => {
+            Status::out_of_range(format!("offset: {error}"))
+        }
+        ReadError::Log(error) => of(&error.into()),
+        ReadError::Bus(error) => of_bus(error),
+        ReadError::Stopping(stopping) => stopping.into(),
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a log-relay counts.
 
+use kiln_bus::logs::Kept;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -16,6 +17,10 @@ pub(crate) struct Metrics {
     pub(crate) limited: Counter,
     pub(crate) emptied: Counter,
     pub(crate) unfinished: Counter,
+    pub(crate) kept_bytes: Gauge,
+    pub(crate) max_bytes: Gauge,
+    pub(crate) max_age_seconds: Gauge,
+    pub(crate) kept_logs: Gauge,
 }
 
 impl Metrics {
@@ -46,6 +51,30 @@ impl Metrics {
             "Outputs whose end could not be read",
             metrics.unfinished.clone(),
         );
+        registry.register(
+            "stream_bytes",
+            "Bytes that the stream of all logs takes",
+            metrics.kept_bytes.clone(),
+        );
+        registry.register(
+            "stream_max_bytes",
+            "Bytes at which the stream drops what is oldest",
+            metrics.max_bytes.clone(),
+        );
+        registry.register(
+            "stream_max_age_seconds",
+            "The age at which a byte of a log is removed",
+            metrics.max_age_seconds.clone(),
+        );
+        registry.register("stream_logs", "Builds of which the stream has a log", metrics.kept_logs.clone());
         metrics
+    }
+
+    pub(crate) fn keep(&self, kept: Kept) {
+        let shown = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        self.kept_bytes.set(shown(kept.bytes));
+        self.max_bytes.set(shown(kept.max_bytes));
+        self.max_age_seconds.set(shown(kept.max_age.as_secs()));
+        self.kept_logs.set(shown(kept.logs));
     }
 }

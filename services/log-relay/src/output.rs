@@ -18,6 +18,8 @@ pub(crate) struct Item {
     /// How far the log has got with its source, with these bytes.
     pub(crate) source: Source,
     pub(crate) complete: bool,
+    /// With these bytes the log is at its limit, or was.
+    pub(crate) limited: bool,
 }
 
 /// Items between the source and the append, each at most a chunk: a builder that writes faster than can be stored is
@@ -91,7 +93,8 @@ impl Output {
     /// The end of the log.
     pub(crate) async fn complete(mut self) -> Result<(), Trouble> {
         let source = self.source.clone();
-        self.push(Item { bytes: Bytes::new(), source, complete: true }).await
+        let limited = self.is_limited();
+        self.push(Item { bytes: Bytes::new(), source, complete: true, limited }).await
     }
 
     /// The steps of an attempt begin anew.
@@ -129,7 +132,8 @@ impl Output {
     async fn send(&mut self, bytes: Bytes, source: Source) -> Result<(), Trouble> {
         self.last_byte = bytes.last().copied().or(self.last_byte);
         self.end += bytes.len() as u64;
-        self.push(Item { bytes, source, complete: false }).await
+        let limited = self.is_limited();
+        self.push(Item { bytes, source, complete: false, limited }).await
     }
 
     async fn push(&mut self, item: Item) -> Result<(), Trouble> {

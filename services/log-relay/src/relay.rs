@@ -179,7 +179,7 @@ async fn append(
                 None => return Err(Trouble::WriterEnded),
             },
         };
-        let Item { mut bytes, mut source, mut complete } = first;
+        let Item { mut bytes, mut source, mut complete, mut limited } = first;
         let mut joined: Option<BytesMut> = None;
         while !complete && let Ok(item) = items.try_recv() {
             let length = joined.as_ref().map_or(bytes.len(), BytesMut::len);
@@ -188,12 +188,15 @@ async fn append(
                 break;
             }
             joined.get_or_insert_with(|| BytesMut::from(bytes.as_ref())).extend_from_slice(&item.bytes);
-            (source, complete) = (item.source, item.complete);
+            (source, complete, limited) = (item.source, item.complete, item.limited);
         }
         if let Some(joined) = joined {
             bytes = joined.freeze();
         }
         let length = bytes.len() as u64;
+        if limited {
+            writer.mark_limited();
+        }
         match writer.append(bytes.clone(), source.clone(), complete).await {
             Err(AppendError::Emptied { id, end }) => {
                 tracing::error!(build.id = %id, "what was stored of the log of {id} is gone, up to byte {end}; it goes on from there");

@@ -37,6 +37,7 @@ pub struct LogWriter {
     sequence: u64,
     end: u64,
     source: Source,
+    limited: bool,
 }
 
 const APPEND: &str = "append to a log";
@@ -57,6 +58,7 @@ impl Logs {
             sequence: tail.map_or(0, |tail| tail.sequence),
             end: tail.map_or(0, |tail| tail.end),
             source: tail.map_or_else(Source::beginning, |tail| tail.source.clone()),
+            limited: tail.is_some_and(|tail| tail.limited),
         };
         let source = writer.source.clone();
         writer.append(Bytes::new(), source, false).await?;
@@ -73,6 +75,11 @@ impl LogWriter {
     /// How far the source is stored.
     pub fn source(&self) -> &Source {
         &self.source
+    }
+
+    /// From the next append on the log says that it has reached its size limit.
+    pub fn mark_limited(&mut self) {
+        self.limited = true;
     }
 
     /// Appends a chunk whose bytes are masked; `source` is how far the log has got with it.
@@ -149,6 +156,9 @@ impl LogWriter {
         headers.insert(header::LOG_SOURCE_CURSOR, cursor.as_str());
         if complete {
             headers.insert(header::LOG_COMPLETE, "true");
+        }
+        if self.limited {
+            headers.insert(header::LOG_LIMITED, "true");
         }
         Ok(headers)
     }

@@ -49,11 +49,12 @@ impl LogMessage {
             .and_then(Source::parse)
             .ok_or_else(|| wrong(header::LOG_SOURCE_CURSOR))?;
         let complete = text(header::LOG_COMPLETE) == Some("true");
+        let limited = text(header::LOG_LIMITED) == Some("true");
         let end = offset + bytes.len() as u64;
         Ok(Self {
             sequence,
             previous: 0,
-            meta: Arc::new(LogTail { sequence, end, writer, source, complete }),
+            meta: Arc::new(LogTail { sequence, end, writer, source, complete, limited }),
             bytes,
         })
     }

@@ -4,6 +4,7 @@
 //! appends on, where a read ends) comes from the stream's leader; the bytes themselves from any replica.
 
 mod append;
+mod info;
 mod live;
 mod message;
 mod progress;
@@ -15,6 +16,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use async_nats::jetstream::stream::{LastRawMessageErrorKind, RawMessageError, Stream};
+use jiff::Timestamp;
 use kiln_contract::error::{Code, Refusal};
 use kiln_contract::subject;
 use kiln_domain::engine::Cursor;
@@ -23,6 +25,7 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 pub use self::append::{AppendError, LogWriter};
+pub use self::info::{Extent, Kept, LogInfo};
 pub use self::read::{Chunk, Start, Until};
 
 use self::live::Live;
@@ -74,6 +77,8 @@ pub struct LogTail {
     pub source: Source,
     /// Nothing follows.
     pub complete: bool,
+    /// The builder wrote more than the log may hold.
+    pub limited: bool,
 }
 
 /// Why a log can't be read.
@@ -119,14 +124,14 @@ impl Logs {
     pub async fn tail(&self, id: &BuildId) -> Result<Option<LogTail>, BusError> {
         let (stream, subject) = (self.stream().await?, subject::log(id));
         let found = self.shared.bus.attend(READ, stream.get_last_raw_message_by_subject(&subject)).await?;
-        Ok(message_of(found)?.map(|message| message.tail()))
+        Ok(message_of(found)?.map(|(message, _)| message.tail()))
     }
 
     /// The first message at or after a sequence, from the stream's leader.
     async fn next_from_leader(&self, id: &BuildId, sequence: u64) -> Result<Option<LogMessage>, BusError> {
         let stream = self.stream().await?;
         let asked = stream.raw_message_builder().sequence(sequence).next_by_subject(subject::log(id));
-        message_of(self.shared.bus.attend(READ, asked.send()).await?)
+        Ok(message_of(self.shared.bus.attend(READ, asked.send()).await?)?.map(|(message, _)| message))
     }
 
     async fn stream(&self) -> Result<Stream<()>, BusError> {
@@ -135,11 +140,17 @@ impl Logs {
     }
 }
 
+/// A message that was asked for, and when it was stored.
 fn message_of(
     found: Result<async_nats::jetstream::message::StreamMessage, RawMessageError>,
-) -> Result<Option<LogMessage>, BusError> {
+) -> Result<Option<(LogMessage, Timestamp)>, BusError> {
     match found {
-        Ok(found) => LogMessage::stored(found.sequence, &found.headers, found.payload).map(Some),
+        Ok(found) => {
+            let stored_at = Timestamp::from_nanosecond(found.time.unix_timestamp_nanos())
+                .map_err(|error| BusError::malformed(READ, error))?;
+            let message = LogMessage::stored(found.sequence, &found.headers, found.payload)?;
+            Ok(Some((message, stored_at)))
+        }
         Err(error) if matches!(error.kind(), LastRawMessageErrorKind::NoMessageFound) => Ok(None),
         Err(error) => Err(BusError::unavailable(READ, error)),
     }

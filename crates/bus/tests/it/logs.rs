@@ -8,7 +8,7 @@ use async_nats::jetstream::stream;
 use bytes::Bytes;
 use futures::StreamExt as _;
 use kiln_bus::layout::Layout;
-use kiln_bus::logs::{AppendError, CHUNK_BYTES, LogError, LogWriter, Logs, Source, Start, Until};
+use kiln_bus::logs::{AppendError, CHUNK_BYTES, Extent, LogError, LogWriter, Logs, Source, Start, Until};
 use kiln_bus::{Bus, Connect};
 use kiln_contract::subject;
 use kiln_domain::engine::Cursor;
@@ -372,6 +372,15 @@ async fn what_is_not_there_is_said() -> Result<()> {
     let beyond = failed(&id, Start::Offset(14), Until::Now).await;
     assert!(matches!(beyond, Err(Ok(LogError::Beyond { wanted: 14, end: 13, .. }))), "{beyond:?}");
     assert_eq!(read(&logs, &id, Start::Offset(13), Until::Now).await?.1, b"");
+    let before = logs.info(&id).await?.context("no info")?;
+    assert_eq!(before.extent, Extent { first: 0, end: 13, complete: false });
+    // The claim is a message, too.
+    assert_eq!((before.chunks, before.limited, before.max_age.as_secs()), (3, false, 3600));
+    let other = logs.claim(&build(2), &instance(1), None).await?;
+    let kept = logs.kept().await?;
+    assert_eq!((kept.logs, kept.max_bytes, kept.max_age.as_secs()), (2, 256 << 20, 3600));
+    assert!(kept.bytes >= 13, "{kept:?}");
+    drop(other);
 
     // As retention does it: the first messages go.
     let js = async_nats::jetstream::new(async_nats::connect(server.url()).await?);
@@ -383,10 +392,16 @@ async fn what_is_not_there_is_said() -> Result<()> {
     assert_eq!(read(&logs, &id, Start::Beginning, Until::Now).await?, (10, b"abc".to_vec(), false));
     assert_eq!(read(&logs, &id, Start::Tail(100), Until::Now).await?, (10, b"abc".to_vec(), false));
 
+    let after = logs.info(&id).await?.context("no info")?;
+    assert_eq!((after.extent, after.chunks), (Extent { first: 10, end: 13, complete: false }, 1));
+    assert_eq!(after.stored.0, after.stored.1);
+    assert!(after.stored.0 >= before.stored.0 && after.stored.1 == before.stored.1, "{before:?} {after:?}");
+
     // All of it goes, under a writer that hears of it and goes on.
     stream.purge().filter(subject::log(&id)).await?;
     let none = failed(&id, Start::Beginning, Until::Now).await;
     assert!(matches!(none, Err(Ok(LogError::NotFound { .. }))), "{none:?}");
+    assert_eq!(logs.info(&id).await?, None);
     let emptied = write(&mut writer, &["lost".into()]).await.map_err(|error| error.downcast::<AppendError>());
     assert!(matches!(emptied, Err(Ok(AppendError::Emptied { end: 13, .. }))), "{emptied:?}");
     write(&mut writer, &["def".into()]).await?;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use kiln_proto::kiln_v1::{Build, BuildState, FailureReason, Step};
+use kiln_proto::kiln_v1::{Build, BuildState, FailureReason, LogInfo, Step};
 use serde::Serialize;
 
 use super::stream::Piece;
@@ -111,6 +111,41 @@ impl From<&Piece> for LogJson {
             text: String::from_utf8_lossy(&piece.content).into_owned(),
             base64: (!exact).then(|| STANDARD.encode(&piece.content)),
             complete: piece.complete,
+        }
+    }
+}
+
+/// What is to be said of a log.
+#[derive(Debug, Serialize)]
+pub(super) struct LogInfoJson<'a> {
+    id: &'a str,
+    length: u64,
+    first_offset: u64,
+    chunks: u64,
+    complete: bool,
+    limited: bool,
+    first_stored_at: Option<String>,
+    last_stored_at: Option<String>,
+    first_expires_at: Option<String>,
+    last_expires_at: Option<String>,
+}
+
+impl<'a> From<&'a LogInfo> for LogInfoJson<'a> {
+    fn from(info: &'a LogInfo) -> Self {
+        let at = |at: &Option<prost_types::Timestamp>| {
+            at.as_ref().and_then(|at| timestamp(at.seconds, at.nanos)).map(|at| at.to_string())
+        };
+        Self {
+            id: &info.id,
+            length: info.length,
+            first_offset: info.first_offset,
+            chunks: info.chunks,
+            complete: info.complete,
+            limited: info.limited,
+            first_stored_at: at(&info.first_stored_at),
+            last_stored_at: at(&info.last_stored_at),
+            first_expires_at: at(&info.first_expires_at),
+            last_expires_at: at(&info.last_expires_at),
         }
     }
 }

@@ -186,9 +186,11 @@ async fn a_log_has_a_limit_and_the_build_goes_on() -> Result<()> {
     let mut play = bed.build(1, SECRET).await?;
     play.start().await?;
     play.write("x".repeat(999));
-    bed.tail(&play.id, |tail| tail.end == 999).await?;
+    let below = bed.tail(&play.id, |tail| tail.end == 999).await?;
+    assert!(!below.limited);
     play.write("yz");
-    bed.tail(&play.id, |tail| tail.end > 1_000).await?;
+    let above = bed.tail(&play.id, |tail| tail.end > 1_000).await?;
+    assert!(above.limited);
     // The next writer knows.
     first.kill(&bed).await?;
     let _second = bed.relay_with(config(), "b").await?;
@@ -197,6 +199,7 @@ async fn a_log_has_a_limit_and_the_build_goes_on() -> Result<()> {
     play.succeed().await?;
     let line = "\nkiln: the log ends here, at its limit of 1000 bytes; the build goes on\n";
     assert_eq!(bed.text(&play.id).await?, format!("{}y{line}", "x".repeat(999)));
+    assert!(bed.tail(&play.id, |tail| tail.complete).await?.limited);
     Ok(())
 }
 

@@ -8,10 +8,10 @@ use futures::stream::{self, BoxStream, StreamExt as _};
 use kiln_proto::kiln_v1::build_logs_request::Start;
 use kiln_proto::kiln_v1::builds_server::{Builds, BuildsServer};
 use kiln_proto::kiln_v1::{
-    Build, BuildImageRequest, BuildImageResponse, BuildLogsRequest, BuildState, BuildStatusRequest,
-    CancelBuildRequest, ListBuildsRequest, ListBuildsResponse, ListWarmImagesRequest, ListWarmImagesResponse,
-    LogChunk, ResolveBaseImageRequest, ResolveBaseImageResponse, ResolveWorkspaceImageRequest,
-    ResolveWorkspaceImageResponse, WarmImage, WatchBuildRequest,
+    Build, BuildImageRequest, BuildImageResponse, BuildLogInfoRequest, BuildLogsRequest, BuildState,
+    BuildStatusRequest, CancelBuildRequest, ListBuildsRequest, ListBuildsResponse, ListWarmImagesRequest,
+    ListWarmImagesResponse, LogChunk, LogInfo, ResolveBaseImageRequest, ResolveBaseImageResponse,
+    ResolveWorkspaceImageRequest, ResolveWorkspaceImageResponse, WarmImage, WatchBuildRequest,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
@@ -196,6 +196,24 @@ impl Builds for Scripted {
             Some((Ok(chunk), (script, next)))
         });
         Ok(Response::new(chunks.boxed()))
+    }
+
+    async fn build_log_info(
+        &self,
+        request: Request<BuildLogInfoRequest>,
+    ) -> Result<Response<LogInfo>, Status> {
+        let (id, script) = (request.into_inner().id, &self.0);
+        if script.lost {
+            return Err(Status::not_found("the log is gone"));
+        }
+        let length = (*script.written.borrow()).min(script.log.len());
+        Ok(Response::new(LogInfo {
+            id,
+            length: length as u64,
+            first_offset: script.kept_from,
+            complete: length == script.log.len(),
+            ..LogInfo::default()
+        }))
     }
 
     async fn list_builds(

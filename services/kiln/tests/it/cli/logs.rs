@@ -102,3 +102,30 @@ async fn whoever_stops_reading_ends_it_quietly() {
     let ended = end(child).await;
     assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
 }
+
+#[tokio::test]
+async fn what_there_is_of_a_log_is_told_without_reading_it() {
+    let mut script = Script::new(9);
+    script.log = b"0123456789".to_vec();
+    script.kept_from = 4;
+    script.written.send_replace(6);
+    let gateway = Gateway::start(script).await;
+    let table = run(&gateway, &["logs", "--info", ID]).await;
+    assert_eq!((table.code, table.stderr.as_str()), (Some(0), ""));
+    for part in ["6 bytes", "growing", "from byte 4 on"] {
+        assert!(table.text().contains(part), "{part}: {}", table.text());
+    }
+    let json = run(&gateway, &["logs", "--info", "-o", "json", ID]).await;
+    let info = &json.objects()[0];
+    assert_eq!(
+        (&info["length"], &info["first_offset"], &info["complete"]),
+        (&6.into(), &4.into(), &false.into())
+    );
+    assert_eq!(run(&gateway, &["logs", "--info", "-f", ID]).await.code, Some(2));
+    let mut script = Script::new(9);
+    script.lost = true;
+    let gateway = Gateway::start(script).await;
+    let lost = run(&gateway, &["logs", "--info", ID]).await;
+    assert_eq!(lost.code, Some(2));
+    assert!(lost.stderr.contains("the log is gone"), "{}", lost.stderr);
+}

@@ -77,7 +77,7 @@ fn change(before: Option<&Record>, event: &Event) -> Result<Change, String> {
             engine: after.engine.clone(),
         },
         "cancel_requested" => Change::CancelRequested { reason: after.cancel.clone().unwrap_or_default() },
-        "released" => Change::Released { by },
+        "released" => Change::Released { by, why: (after.refused_starts > 0).then_some(message) },
         "retrying" => Change::Retrying { by, why: message },
         "joined" => Change::Joined {
             owner: after.joined_by.last().unwrap_or(&after.owner).clone(),
@@ -132,7 +132,7 @@ mod tests {
             (1, Change::Claimed { by: one.clone() }),
             (1, Change::Started { by: one.clone(), handle: Handle::new("h"), engine: "local".into() }),
             (2, Change::Joined { owner: "ben".into(), request: "r".into() }),
-            (1, Change::Released { by: one }),
+            (1, Change::Released { by: one, why: None }),
             (2, Change::Claimed { by: two.clone() }),
             (2, Change::Retrying { by: two.clone(), why: "lost".into() }),
             (1, Change::CancelRequested { reason: "enough".into() }),
