@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use async_trait::async_trait;
 use futures::StreamExt as _;
 use kiln_bus::events;
 use kiln_bus::holders::Holders;
@@ -19,7 +20,7 @@ use kiln_contract::resolver::{
     FindImage, FoundImage, ResolveCommit, ResolveImage, ResolvedCommit, ResolvedImage,
 };
 use kiln_domain::engine::Engine;
-use kiln_domain::id::BuildId;
+use kiln_domain::id::{BuildId, RunId};
 use kiln_domain::record::Record;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run::{Ended, Findings, Outcome, RunResult};
@@ -27,6 +28,7 @@ use kiln_domain::source::Source;
 use kiln_orchestrator::{Config, Parts};
 use kiln_testkit::engine::FakeEngine;
 use kiln_testkit::nats::{self, NatsServer};
+use kiln_testkit::noop_engine::Images;
 use kiln_testkit::wire::Wire;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
@@ -61,9 +63,14 @@ pub(crate) fn config() -> Config {
 
 impl Stage {
     pub(crate) async fn set() -> Result<Self> {
+        Self::with_journal(256 << 20).await
+    }
+
+    /// With a journal of so many bytes: room for twelve full records is kept for each active build.
+    pub(crate) async fn with_journal(journal_max_bytes: i64) -> Result<Self> {
         let server = nats::run_server().await?;
         let bus = connect(&server.url()).await?;
-        let layout = Layout { journal_max_bytes: 256 << 20, logs_max_bytes: 256 << 20, ..Layout::default() };
+        let layout = Layout { journal_max_bytes, logs_max_bytes: 256 << 20, ..Layout::default() };
         bus.provision(&layout).await?;
         let images: Arc<Mutex<HashMap<String, Digest>>> = Arc::default();
         let resolver = Server::start(&bus, "resolver", &mut Registry::default()).await?;
@@ -220,6 +227,16 @@ impl Stage {
         &self.registry
     }
 
+    /// For builders that push by themselves.
+    pub(crate) fn images(&self) -> Arc<dyn Images> {
+        Arc::new(Lying(self.images.clone()))
+    }
+
+    /// The address of the bus.
+    pub(crate) fn url(&self) -> String {
+        self.server.url()
+    }
+
     pub(crate) fn image(&self, reference: &str) -> Option<Digest> {
         self.images.lock().unwrap_or_else(PoisonError::into_inner).get(reference).cloned()
     }
@@ -232,6 +249,18 @@ impl Stage {
     pub(crate) fn succeed(&self, record: &Record, digest: &Digest) {
         self.push(&record.target_ref, digest);
         self.engine.end(&record.run(), pushed(digest));
+    }
+}
+
+/// The played registry, as builders see it.
+struct Lying(Arc<Mutex<HashMap<String, Digest>>>);
+
+#[async_trait]
+impl Images for Lying {
+    async fn push(&self, run: &RunId, target: &ImageReference) -> Result<Digest> {
+        let digest = Digest::of(run.as_str().as_bytes());
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(target.to_string(), digest.clone());
+        Ok(digest)
     }
 }
 
