@@ -116,10 +116,29 @@ impl FakeEngine {
         self.runs().get(run).is_some_and(|run| run.cancelled)
     }
 
+    /// Whether the run was revoked.
+    pub fn is_revoked(&self, run: &RunId) -> bool {
+        self.runs().get(run).is_some_and(|run| run.revoked)
+    }
+
+    /// Whether anything of the run is there: it was started, and neither removed nor lost.
+    pub fn is_there(&self, run: &RunId) -> bool {
+        self.runs().get(run).is_some_and(|run| run.there)
+    }
+
     /// Returns once somebody asked that the run end.
     pub async fn until_cancelled(&self, run: &RunId) {
+        self.until(|| self.is_cancelled(run)).await;
+    }
+
+    /// Returns once somebody asked that the run end, or revoked it.
+    pub async fn until_stopped(&self, run: &RunId) {
+        self.until(|| self.is_cancelled(run) || self.is_revoked(run)).await;
+    }
+
+    async fn until(&self, wanted: impl Fn() -> bool) {
         let mut changed = self.place.changed.subscribe();
-        while !self.is_cancelled(run) {
+        while !wanted() {
             // Fails only when the sender is gone, which `self` holds.
             let _ = changed.changed().await;
         }
@@ -213,7 +232,11 @@ impl Engine for FakeEngine {
 
     async fn remove(&self, run: &RunId) -> Result<(), EngineError> {
         self.act(run, "remove");
-        self.change(run, |run| run.there = false);
+        // What was removed is over: nobody starts it again.
+        self.change(run, |run| {
+            run.revoked |= run.there;
+            run.there = false;
+        });
         Ok(())
     }
 

@@ -6,6 +6,7 @@ pub mod engine_conformance;
 pub mod fleet;
 pub mod installation;
 pub mod nats;
+pub mod noop_engine;
 pub mod process;
 pub mod records;
 pub mod registry;

@@ -8,3 +8,4 @@ mod single_flight;
 mod stage;
 mod starting;
 mod take_over;
+mod volume;

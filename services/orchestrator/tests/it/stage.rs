@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use async_trait::async_trait;
 use futures::StreamExt as _;
 use kiln_bus::events;
 use kiln_bus::holders::Holders;
@@ -20,7 +21,7 @@ use kiln_contract::resolver::{
 };
 use kiln_contract::subject;
 use kiln_domain::engine::Engine;
-use kiln_domain::id::BuildId;
+use kiln_domain::id::{BuildId, RunId};
 use kiln_domain::record::Record;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run::{Ended, Findings, Outcome, RunResult};
@@ -28,6 +29,7 @@ use kiln_domain::source::Source;
 use kiln_orchestrator::{Config, Parts};
 use kiln_testkit::engine::FakeEngine;
 use kiln_testkit::nats::{self, NatsServer};
+use kiln_testkit::noop_engine::Images;
 use kiln_testkit::wire::Wire;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
@@ -60,15 +62,22 @@ pub(crate) fn config() -> Config {
     }
 }
 
-fn layout() -> Layout {
-    Layout { journal_max_bytes: 256 << 20, logs_max_bytes: 256 << 20, ..Layout::default() }
+const JOURNAL_MAX_BYTES: i64 = 256 << 20;
+
+fn layout(journal_max_bytes: i64) -> Layout {
+    Layout { journal_max_bytes, logs_max_bytes: 256 << 20, ..Layout::default() }
 }
 
 impl Stage {
     pub(crate) async fn set() -> Result<Self> {
+        Self::with_journal(JOURNAL_MAX_BYTES).await
+    }
+
+    /// With a journal of so many bytes: room for twelve full records is kept for each active build.
+    pub(crate) async fn with_journal(journal_max_bytes: i64) -> Result<Self> {
         let server = nats::run_server().await?;
         let bus = connect(&server.url()).await?;
-        bus.provision(&layout()).await?;
+        bus.provision(&layout(journal_max_bytes)).await?;
         let images: Arc<Mutex<HashMap<String, Digest>>> = Arc::default();
         let resolver = Server::start(&bus, "resolver", &mut Registry::default()).await?;
         let registry = Arc::new(Gate::default());
@@ -167,7 +176,7 @@ impl Stage {
     /// Somebody deletes the journal, and it is made again, empty.
     pub(crate) async fn lose_journal(&self) -> Result<()> {
         self.server.delete_stream(subject::JOURNAL_STREAM).await?;
-        Ok(self.bus.provision(&layout()).await?)
+        Ok(self.bus.provision(&layout(JOURNAL_MAX_BYTES)).await?)
     }
 
     /// Asks for a build and gives its record.
@@ -230,6 +239,16 @@ impl Stage {
         &self.registry
     }
 
+    /// For builders that push by themselves.
+    pub(crate) fn images(&self) -> Arc<dyn Images> {
+        Arc::new(Lying(self.images.clone()))
+    }
+
+    /// The address of the bus.
+    pub(crate) fn url(&self) -> String {
+        self.server.url()
+    }
+
     pub(crate) fn image(&self, reference: &str) -> Option<Digest> {
         self.images.lock().unwrap_or_else(PoisonError::into_inner).get(reference).cloned()
     }
@@ -242,6 +261,18 @@ impl Stage {
     pub(crate) fn succeed(&self, record: &Record, digest: &Digest) {
         self.push(&record.target_ref, digest);
         self.engine.end(&record.run(), pushed(digest));
+    }
+}
+
+/// The played registry, as builders see it.
+struct Lying(Arc<Mutex<HashMap<String, Digest>>>);
+
+#[async_trait]
+impl Images for Lying {
+    async fn push(&self, run: &RunId, target: &ImageReference) -> Result<Digest> {
+        let digest = Digest::of(run.as_str().as_bytes());
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(target.to_string(), digest.clone());
+        Ok(digest)
     }
 }
 
