@@ -26,6 +26,7 @@ use tonic::{Request, Response, Status};
 
 use crate::config::Config;
 use crate::list::Query;
+use crate::presence::Presence;
 use crate::queue::Queue;
 use crate::rpc::Metrics;
 use crate::steps::Steps;
@@ -36,6 +37,9 @@ const PATIENCE: Duration = Duration::from_secs(50);
 /// How long a call waits until the gateway's own view has what the answer says.
 const OWN_VIEW: Duration = Duration::from_secs(1);
 
+/// How long a follower waits for news before it looks again.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
 /// The service behind `kiln.v1.Builds`.
 pub(crate) struct BuildsApi {
     pub(crate) config: Config,
@@ -45,6 +49,7 @@ pub(crate) struct BuildsApi {
     pub(crate) steps: Steps,
     pub(crate) queue: Queue,
     pub(crate) journal: Journal,
+    pub(crate) presence: Presence,
     pub(crate) seal_key: SealKey,
     pub(crate) metrics: Metrics,
     pub(crate) tasks: TaskTracker,
@@ -103,6 +108,7 @@ impl Builds for BuildsApi {
         self.metrics
             .call("ListBuilds", request, async |request| {
                 let query = Query::new(request)?;
+                self.presence.check().await?;
                 if !self.view.is_caught_up() {
                     return Err(Status::unavailable(
                         "this gateway is still reading what there is; ask again",
@@ -237,23 +243,25 @@ impl BuildsApi {
         if build.is_none() && self.logs.tail(&id).await.map_err(status::of_bus)?.is_none() {
             return Err(not_found(&id));
         }
-        let over = CancellationToken::new();
+        let (over, lost) = (CancellationToken::new(), CancellationToken::new());
         let reading = over.clone().drop_guard();
-        let until = if request.follow { Until::Complete { over: over.clone() } } else { Until::Now };
+        // Of a build that the journal doesn't know nobody writes the log on.
+        let follows = request.follow && build.is_some();
+        let to = if follows { Until::Complete { over: over.clone() } } else { Until::Now };
         if build.is_none_or(|entry| entry.record.state.is_terminal()) {
             over.cancel();
-        } else if request.follow {
-            let (view, id) = (self.view.clone(), id.clone());
+        } else if follows {
+            let (view, journal) = (self.view.clone(), self.journal.clone());
+            let (id, lost) = (id.clone(), lost.clone());
             self.tasks.spawn(async move {
                 tokio::select! {
                     // The reader is gone.
                     () = over.cancelled() => {}
-                    () = ended(&view, &id) => over.cancel(),
+                    is_lost = ended(&view, &journal, &id) => if is_lost { lost.cancel() } else { over.cancel() },
                 }
             });
         }
-        let stop = self.stop.clone();
-        let chunks = self.logs.read(&id, start, until).map(move |chunk| {
+        let chunks = self.logs.read(&id, start, to).map(move |chunk| {
             let _ = &reading;
             chunk.map_err(log_status).map(|chunk| api::LogChunk {
                 content: chunk.bytes.to_vec(),
@@ -261,7 +269,27 @@ impl BuildsApi {
                 complete: chunk.complete,
             })
         });
-        Ok(Box::pin(until_stopped(chunks, stop)))
+        let cut = self.cut();
+        let end = async move {
+            tokio::select! {
+                status = cut => status,
+                () = lost.cancelled_owned() => status::lost(&id),
+            }
+        };
+        Ok(Box::pin(until(chunks, end)))
+    }
+
+    /// Returns when every stream of this gateway is to end, with the status that it ends with.
+    pub(crate) fn cut(&self) -> impl Future<Output = Status> + Send + use<> {
+        let (stop, presence) = (self.stop.clone(), self.presence.clone());
+        async move {
+            tokio::select! {
+                () = stop.cancelled() => {
+                    Status::unavailable("this gateway is shutting down; ask again from where you are")
+                }
+                status = presence.lost() => status,
+            }
+        }
     }
 
     fn seal(&self, secrets: &Secrets) -> Result<Bytes, Status> {
@@ -292,6 +320,7 @@ impl BuildsApi {
     }
 
     async fn find(&self, id: &BuildId) -> Result<Option<Entry>, Status> {
+        self.presence.check().await?;
         if let Some(entry) = self.view.get(id) {
             return Ok(Some((*entry).clone()));
         }
@@ -308,13 +337,22 @@ impl BuildsApi {
     }
 }
 
-/// Waits until the view sees the end of a build that wasn't over a moment ago.
-async fn ended(view: &View, id: &BuildId) {
+/// Waits until the view sees the end of a build that wasn't over a moment ago. `true` if there will be none: the journal
+/// has lost the build.
+async fn ended(view: &View, journal: &Journal, id: &BuildId) -> bool {
     let mut changes = view.changes();
-    while view.get(id).is_none_or(|entry| !entry.record.state.is_terminal()) {
-        // A lag only makes us look again.
-        if matches!(changes.recv().await, Err(tokio::sync::broadcast::error::RecvError::Closed)) {
-            return;
+    loop {
+        match view.get(id) {
+            Some(entry) if entry.record.state.is_terminal() => return false,
+            Some(_) => {}
+            // The view may only be behind.
+            None if matches!(journal.last_of_build(id).await, Ok(None)) => return true,
+            None => {}
+        }
+        // Any news, and a lag, only makes us look again; so does what a view that began anew has read since.
+        let heard = tokio::time::timeout(LOOK_AGAIN, changes.recv()).await;
+        if matches!(heard, Ok(Err(tokio::sync::broadcast::error::RecvError::Closed))) {
+            return false;
         }
     }
 }
@@ -332,18 +370,15 @@ fn log_status(error: LogError) -> Status {
     }
 }
 
-/// Ends a stream with UNAVAILABLE when the gateway is to end: the client resumes at another.
-pub(crate) fn until_stopped<T: Send + 'static>(
+/// Ends a stream with a status once `end` gives it; the client resumes, here or at another.
+pub(crate) fn until<T: Send + 'static>(
     stream: impl Stream<Item = Result<T, Status>> + Send + 'static,
-    stop: CancellationToken,
+    end: impl Future<Output = Status> + Send + 'static,
 ) -> impl Stream<Item = Result<T, Status>> + Send + 'static {
-    let stopped = futures::stream::once(async move {
-        stop.cancelled().await;
-        Err(Status::unavailable("this gateway is shutting down; ask again from where you are"))
-    });
+    let ended = futures::stream::once(async move { Err(end.await) });
     // The first error ends it, and so does the stream's own end.
     let items = stream.map(Some).chain(futures::stream::once(async { None }));
-    let merged = futures::stream::select(items, stopped.map(Some));
+    let merged = futures::stream::select(items, ended.map(Some));
     let mut over = false;
     merged
         .take_while(move |item| {

@@ -9,6 +9,7 @@ mod builds;
 mod config;
 mod convert;
 mod list;
+mod presence;
 mod queue;
 mod request;
 mod rpc;
@@ -33,6 +34,7 @@ use tonic::transport::server::TcpIncoming;
 
 use crate::builds::BuildsApi;
 pub use crate::config::Config;
+use crate::presence::Presence;
 use crate::queue::Queue;
 use crate::rpc::Metrics;
 use crate::steps::Steps;
@@ -67,6 +69,7 @@ pub async fn run(
     let ended = CancellationToken::new();
     let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
     let logs = Logs::new(&bus);
+    let presence = Presence::start(&bus, &tasks, &ended);
     let (reporter, health) = tonic_health::server::health_reporter();
     let described = || {
         tonic_reflection::server::Builder::configure()
@@ -82,7 +85,8 @@ pub async fn run(
         queue: Queue::start(&view, &tasks, &ended),
         journal: Journal::open(&bus).await.context("open the journal")?,
         logs,
-        bus: bus.clone(),
+        presence: presence.clone(),
+        bus,
         view: view.clone(),
         seal_key,
         metrics: Metrics::register(&mut metrics),
@@ -95,11 +99,11 @@ pub async fn run(
 
     // Serving only while the bus can be reached and the view has caught up.
     let watching = ended.clone();
-    let (watched_bus, watched_view) = (bus, view.clone());
+    let watched_view = view.clone();
     tasks.spawn(async move {
         let mut served = None;
         while !watching.is_cancelled() {
-            let serving = watched_view.is_caught_up() && watched_bus.answers(Duration::from_secs(2)).await;
+            let serving = watched_view.is_caught_up() && presence.is_there();
             if served != Some(serving) {
                 served = Some(serving);
                 if serving {

@@ -1,6 +1,7 @@
 //! Errors of the bus as gRPC's: the one place where they are mapped.
 
 use kiln_contract::error::{Code, Refusal};
+use kiln_domain::id::BuildId;
 use tonic::Status;
 
 /// The gRPC status of a service's refusal; its message stays as it is.
@@ -24,6 +25,13 @@ pub(crate) fn of(refusal: &Refusal) -> Status {
 /// An error of the bus itself.
 pub(crate) fn of_bus(error: kiln_bus::BusError) -> Status {
     of(&error.into())
+}
+
+/// A build that was known, and that the journal has lost.
+pub(crate) fn lost(id: &BuildId) -> Status {
+    Status::data_loss(format!(
+        "id: build {id} is lost: the journal was deleted, emptied or restored; its builder is ended, ask for the image again"
+    ))
 }
 
 /// A field of the request that can't be taken.

@@ -12,10 +12,10 @@ use kiln_bus::serve::Server;
 use kiln_bus::{Bus, Connect};
 use kiln_contract::error::Refusal;
 use kiln_contract::orchestrator::{Build, BuildAnswer, Cancel, RecordAt, source_to_json};
-use kiln_contract::subject;
 use kiln_contract::resolver::{
     FindImage, FoundImage, ResolveCommit, ResolveImage, ResolvedCommit, ResolvedImage,
 };
+use kiln_contract::subject;
 use kiln_domain::id::BuildId;
 use kiln_domain::record::Record;
 use kiln_domain::reference::{Digest, ImageReference};
