@@ -133,19 +133,13 @@ impl Bus {
         operation: &'static str,
         call: impl Future<Output = T>,
     ) -> Result<T, BusError> {
-        let unavailable = |why| BusError::unavailable(operation, why);
-        if !self.is_connected() {
-            let back = tokio::time::timeout(BLIP, async {
-                while !self.is_connected() {
-                    tokio::time::sleep(LOOK).await;
-                }
-            });
-            back.await.map_err(|_| unavailable("the bus is away"))?;
-        }
+        self.present(operation).await?;
         tokio::select! {
             biased;
             answer = call => Ok(answer),
-            () = self.away() => Err(unavailable("the connection was lost before the answer came")),
+            () = self.away() => {
+                Err(BusError::unavailable(operation, "the connection was lost before the answer came"))
+            }
         }
     }
 
@@ -156,6 +150,18 @@ impl Bus {
         call: impl Future<Output = Result<T, E>>,
     ) -> Result<T, BusError> {
         self.attend(operation, call).await?.map_err(|error| BusError::unavailable(operation, error))
+    }
+
+    /// `Unavailable` while the connection is down, and not back within [`BLIP`].
+    pub async fn present(&self, operation: &'static str) -> Result<(), BusError> {
+        let back = async {
+            while !self.is_connected() {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        tokio::time::timeout(BLIP, back)
+            .await
+            .map_err(|_| BusError::unavailable(operation, "the bus is away"))
     }
 
     /// Returns once the connection has been down for longer than [`BLIP`].
@@ -179,6 +185,12 @@ impl Bus {
         let alive = |error: &async_nats::RequestError| error.kind() == RequestErrorKind::NoResponders;
         self.is_connected()
             && matches!(tokio::time::timeout(within, answer).await, Ok(Err(error)) if alive(&error))
+    }
+
+    /// How often the connection was lost. A consumer that was made before the last time may be gone, which it finds out only
+    /// by missed heartbeats, half a minute later.
+    pub(crate) fn times_lost(&self) -> u64 {
+        self.errors.disconnects.load(Ordering::Relaxed)
     }
 
     /// The largest message that the server takes, in bytes.

@@ -28,6 +28,9 @@ const RENEW: &str = "renew the lease";
 /// Before a renewal that failed is tried again.
 const RENEW_AGAIN: Duration = Duration::from_secs(1);
 
+/// How often a watch looks whether its connection still stands.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// This process's lease, and everybody else's.
 #[derive(Clone)]
 pub struct Holders {
@@ -324,7 +327,16 @@ impl Holders {
         let failed = |error: &dyn std::fmt::Display| BusError::unavailable("watch leases", error);
         let mut watch = self.shared.store.watch_with_history(">").await.map_err(|error| failed(&error))?;
         let mut seen = BTreeSet::new();
-        while let Some(entry) = watch.next().await {
+        let times_lost = self.shared.bus.times_lost();
+        loop {
+            let entry = match tokio::time::timeout(LOOK, watch.next()).await {
+                Ok(Some(entry)) => entry,
+                Ok(None) => return Ok(()),
+                Err(_) if self.shared.bus.times_lost() != times_lost => {
+                    return Err(failed(&"the connection was lost"));
+                }
+                Err(_) => continue,
+            };
             let entry = entry.map_err(|error| failed(&error))?;
             let Ok(instance) = entry.key.parse::<InstanceId>() else { continue };
             match entry.operation {
@@ -341,7 +353,6 @@ impl Holders {
                 changed
             });
         }
-        Ok(())
     }
 
     fn mine(&self) -> MutexGuard<'_, Mine> {

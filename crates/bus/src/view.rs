@@ -22,8 +22,9 @@ use crate::journal::{Entry, entry};
 /// Changes that a listener may be behind before it must look at everything again.
 const CHANGES_KEPT: usize = 1_024;
 
-/// How often it is looked whether the stream still is the one that was read, and holds what the view holds.
-const LOOK: Duration = Duration::from_secs(3);
+/// How often it is looked whether the stream still is the one that was read, and holds what the view holds; and whether
+/// the consumer's connection still stands.
+const LOOK: Duration = Duration::from_secs(1);
 const FOLLOW: &str = "follow the journal";
 
 /// What listeners hear.
@@ -155,6 +156,7 @@ impl View {
     /// Reads on until the consumer ends. `created` is when the stream was made that the view has read, in nanoseconds since
     /// the epoch.
     async fn follow_once(&self, bus: &Bus, created: &mut Option<i128>) -> Result<(), BusError> {
+        let times_lost = bus.times_lost();
         let stream = bus.call(FOLLOW, bus.js.get_stream(subject::JOURNAL_STREAM)).await?;
         let info = stream.cached_info();
         let made = info.created.unix_timestamp_nanos();
@@ -176,7 +178,10 @@ impl View {
                 message = messages.next() => message,
                 // The consumer goes on by itself with a stream that was made anew, from where it was in the old one.
                 _ = look.tick() => {
-                    // One that is away is the consumer's to notice.
+                    if bus.times_lost() != times_lost {
+                        return Err(BusError::unavailable(FOLLOW, "the connection was lost"));
+                    }
+                    // One that does not answer says nothing.
                     if let Ok(now) = bus.call(FOLLOW, stream.get_info()).await
                         && (now.created.unix_timestamp_nanos() != made || !self.is_of(&now.state))
                     {

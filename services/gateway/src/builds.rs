@@ -21,10 +21,10 @@ use kiln_domain::reference::ImageReference;
 use kiln_domain::source::check_text;
 use kiln_proto::kiln_v1 as api;
 use kiln_proto::kiln_v1::builds_server::Builds;
-use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::config::Config;
+use crate::cut::Cuts;
 use crate::list::Query;
 use crate::log::{BuildLogs, ReadError};
 use crate::queue::Queue;
@@ -46,9 +46,9 @@ pub(crate) struct BuildsApi {
     pub(crate) steps: Steps,
     pub(crate) queue: Queue,
     pub(crate) journal: Journal,
+    pub(crate) cuts: Cuts,
     pub(crate) seal_key: SealKey,
     pub(crate) metrics: Metrics,
-    pub(crate) stop: CancellationToken,
 }
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -117,6 +117,7 @@ impl Builds for BuildsApi {
         self.metrics
             .call("ListBuilds", request, async |request| {
                 let query = Query::new(request)?;
+                self.cuts.presence.check().await.map_err(status::of_bus)?;
                 if !self.view.is_caught_up() {
                     return Err(Status::unavailable(
                         "this gateway is still reading what there is; ask again",
@@ -294,6 +295,7 @@ impl BuildsApi {
     }
 
     async fn find(&self, id: &BuildId) -> Result<Option<Entry>, Status> {
+        self.cuts.presence.check().await.map_err(status::of_bus)?;
         if let Some(entry) = self.view.get(id) {
             return Ok(Some((*entry).clone()));
         }

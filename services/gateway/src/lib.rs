@@ -8,15 +8,16 @@
 mod builds;
 mod config;
 mod convert;
+mod cut;
 mod http;
 mod list;
 mod log;
+mod presence;
 mod queue;
 mod request;
 mod rpc;
 mod status;
 mod steps;
-mod stopping;
 mod watch;
 
 use std::time::Duration;
@@ -38,7 +39,9 @@ use tonic::transport::server::TcpIncoming;
 
 use crate::builds::BuildsApi;
 pub use crate::config::Config;
+use crate::cut::Cuts;
 use crate::log::BuildLogs;
+use crate::presence::Presence;
 use crate::queue::Queue;
 use crate::rpc::Metrics;
 use crate::steps::Steps;
@@ -73,6 +76,8 @@ pub async fn run(
     let ended = CancellationToken::new();
     let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
     let logs = Logs::new(&bus);
+    let presence = Presence::start(&bus, &tasks, &ended);
+    let cuts = Cuts { stop: stop.clone(), presence: presence.clone() };
     let (reporter, health) = tonic_health::server::health_reporter();
     let described = || {
         tonic_reflection::server::Builder::configure()
@@ -91,7 +96,7 @@ pub async fn run(
         journal: journal.clone(),
         logs,
         tasks: tasks.clone(),
-        stop: stop.clone(),
+        cuts: cuts.clone(),
         readers,
     };
     let api = BuildsApi {
@@ -100,11 +105,11 @@ pub async fn run(
         queue: Queue::start(&view, &tasks, &ended),
         journal,
         build_logs: build_logs.clone(),
-        bus: bus.clone(),
+        cuts,
+        bus,
         view: view.clone(),
         seal_key,
         metrics: Metrics::register(&mut metrics),
-        stop: stop.clone(),
     };
     let builds = BuildsServer::new(api)
         .max_decoding_message_size(MESSAGE_BYTES)
@@ -112,11 +117,11 @@ pub async fn run(
 
     // Serving only while the bus can be reached and the view has caught up.
     let watching = ended.clone();
-    let (watched_bus, watched_view) = (bus, view.clone());
+    let watched_view = view.clone();
     tasks.spawn(async move {
         let mut served = None;
         while !watching.is_cancelled() {
-            let serving = watched_view.is_caught_up() && watched_bus.answers(Duration::from_secs(2)).await;
+            let serving = watched_view.is_caught_up() && presence.is_there();
             if served != Some(serving) {
                 served = Some(serving);
                 if serving {

@@ -2,6 +2,8 @@
 //!
 //! Every read of a log passes [`BuildLogs::find`]: whether a caller may read it is to be asked there.
 
+use std::time::Duration;
+
 use futures::{Stream, StreamExt as _};
 use kiln_bus::BusError;
 use kiln_bus::journal::{Entry, Journal};
@@ -15,16 +17,19 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::builds::OWN_VIEW;
-use crate::stopping::{Stopping, until_stopped};
+use crate::cut::{Cut, Cuts, until_cut};
 
-/// Reads logs until `stop`; clones share it.
+/// How long a follower waits for news before it looks again.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Reads logs until they are cut; clones share it.
 #[derive(Clone)]
 pub(crate) struct BuildLogs {
     pub(crate) view: View,
     pub(crate) journal: Journal,
     pub(crate) logs: Logs,
     pub(crate) tasks: TaskTracker,
-    pub(crate) stop: CancellationToken,
+    pub(crate) cuts: Cuts,
     /// Reads that go on, by whatever protocol.
     pub(crate) readers: Gauge,
 }
@@ -46,7 +51,7 @@ pub(crate) enum ReadError {
     #[error(transparent)]
     Bus(#[from] BusError),
     #[error(transparent)]
-    Stopping(#[from] Stopping),
+    Cut(#[from] Cut),
 }
 
 /// A build's log, before it is read.
@@ -55,14 +60,17 @@ pub(crate) struct BuildLog {
     id: BuildId,
     /// Nobody runs it, so that nobody will begin its log.
     pub(crate) is_over: bool,
+    /// The journal knows it. Of a build that it doesn't know nobody writes the log on.
+    is_known: bool,
 }
 
 impl BuildLogs {
     /// The log of a build that there is, or that there was and whose log is left.
     pub(crate) async fn open(&self, id: &BuildId) -> Result<BuildLog, ReadError> {
         let build = self.find(id).await?;
+        let is_known = build.is_some();
         let is_over = build.is_none_or(|entry| entry.record.state.is_terminal());
-        Ok(BuildLog { of: self.clone(), id: id.clone(), is_over })
+        Ok(BuildLog { of: self.clone(), id: id.clone(), is_over, is_known })
     }
 
     /// How a build ended whose log is complete; `None` where its record is past retention. A log ends after its build, but
@@ -70,13 +78,14 @@ impl BuildLogs {
     pub(crate) async fn final_state(&self, id: &BuildId) -> Option<State> {
         self.view.get(id)?;
         // A view that hears nothing has another state to tell.
-        let _ = tokio::time::timeout(OWN_VIEW, ended(&self.view, id)).await;
+        let _ = tokio::time::timeout(OWN_VIEW, ended(&self.view, &self.journal, id)).await;
         self.view.get(id).map(|entry| entry.record.state)
     }
 
     /// The build whose log is to be read; `None` where only its log is left: logs and records are kept for different
     /// times.
     async fn find(&self, id: &BuildId) -> Result<Option<Entry>, ReadError> {
+        self.cuts.presence.check().await?;
         if let Some(entry) = self.view.get(id) {
             return Ok(Some((*entry).clone()));
         }
@@ -117,22 +126,33 @@ impl BuildLog {
         start: Start,
         follow: bool,
     ) -> impl Stream<Item = Result<Chunk, ReadError>> + Send + use<> {
-        let over = CancellationToken::new();
+        let (over, lost) = (CancellationToken::new(), CancellationToken::new());
         let reading = over.clone().drop_guard();
-        let until = if follow { Until::Complete { over: over.clone() } } else { Until::Now };
+        let follows = follow && self.is_known;
+        let until = if follows { Until::Complete { over: over.clone() } } else { Until::Now };
         if self.is_over {
             over.cancel();
-        } else if follow {
-            let (view, id) = (self.of.view.clone(), self.id.clone());
+        } else if follows {
+            let BuildLogs { view, journal, .. } = self.of.clone();
+            let (id, lost) = (self.id.clone(), lost.clone());
             self.of.tasks.spawn(async move {
                 tokio::select! {
                     // The reader is gone.
                     () = over.cancelled() => {}
-                    () = ended(&view, &id) => over.cancel(),
+                    end = ended(&view, &journal, &id) => match end {
+                        End::Terminal => over.cancel(),
+                        End::Lost => lost.cancel(),
+                    },
                 }
             });
         }
-        let stop = self.of.stop.clone();
+        let (cut, id) = (self.of.cuts.cut(), self.id.clone());
+        let cut = async move {
+            tokio::select! {
+                cut = cut => cut,
+                () = lost.cancelled_owned() => Cut::Lost(id),
+            }
+        };
         self.of.readers.inc();
         let counted = Counted(self.of.readers.clone());
         let chunks = self.of.logs.read(&self.id, start, until).map(move |chunk| {
@@ -143,7 +163,7 @@ impl BuildLog {
                 error => ReadError::Log(error),
             })
         });
-        until_stopped(chunks, stop)
+        until_cut(chunks, cut)
     }
 }
 
@@ -156,13 +176,29 @@ impl Drop for Counted {
     }
 }
 
-/// Waits until the view sees the end of a build that wasn't over a moment ago.
-async fn ended(view: &View, id: &BuildId) {
+/// How a build that wasn't over a moment ago came to its end.
+enum End {
+    Terminal,
+    /// There will be none: the journal has lost the build.
+    Lost,
+}
+
+/// Waits until the view sees a build's end.
+async fn ended(view: &View, journal: &Journal, id: &BuildId) -> End {
     let mut changes = view.changes();
-    while view.get(id).is_none_or(|entry| !entry.record.state.is_terminal()) {
-        // A lag only makes us look again.
-        if matches!(changes.recv().await, Err(RecvError::Closed)) {
-            return;
+    loop {
+        match view.get(id) {
+            Some(entry) if entry.record.state.is_terminal() => return End::Terminal,
+            Some(_) => {}
+            // The view may only be behind.
+            None if matches!(journal.last_of_build(id).await, Ok(None)) => return End::Lost,
+            None => {}
+        }
+        // Any news, and a lag, only makes us look again; so does what a view that began anew has read since.
+        let heard = tokio::time::timeout(LOOK_AGAIN, changes.recv()).await;
+        if matches!(heard, Ok(Err(RecvError::Closed))) {
+            // The gateway ends.
+            return End::Terminal;
         }
     }
 }

@@ -4,8 +4,8 @@ use kiln_bus::logs::LogError;
 use kiln_contract::error::{Code, Refusal};
 use tonic::Status;
 
+use crate::cut::Cut;
 use crate::log::ReadError;
-use crate::stopping::Stopping;
 
 /// The gRPC status of a service's refusal; its message stays as it is.
 pub(crate) fn of(refusal: &Refusal) -> Status {
@@ -41,13 +41,16 @@ pub(crate) fn of_read(error: ReadError) -> Status {
         }
         ReadError::Log(error) => of(&error.into()),
         ReadError::Bus(error) => of_bus(error),
-        ReadError::Stopping(stopping) => stopping.into(),
+        ReadError::Cut(cut) => cut.into(),
     }
 }
 
-impl From<Stopping> for Status {
-    fn from(stopping: Stopping) -> Self {
-        Self::unavailable(stopping.to_string())
+impl From<Cut> for Status {
+    fn from(cut: Cut) -> Self {
+        match cut {
+            Cut::Stopping | Cut::BusAway(_) => Self::unavailable(cut.to_string()),
+            Cut::Lost(_) => Self::data_loss(format!("id: {cut}")),
+        }
     }
 }
 

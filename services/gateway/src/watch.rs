@@ -5,8 +5,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::{Stream, StreamExt as _};
-use kiln_bus::journal::Entry;
-use kiln_bus::view::News;
+use kiln_bus::journal::{Entry, Journal};
+use kiln_bus::view::{News, View};
 use kiln_contract::event::Progress;
 use kiln_domain::id::BuildId;
 use kiln_proto::kiln_v1 as api;
@@ -15,13 +15,14 @@ use tokio::sync::{broadcast, watch};
 use tonic::Status;
 
 use crate::builds::BuildsApi;
-use crate::convert;
+use crate::cut::{Cut, until_cut};
 use crate::queue::Queue;
-use crate::stopping::until_stopped;
+use crate::{convert, status};
 
 /// Where a watcher is.
 struct Watch {
-    view: kiln_bus::view::View,
+    view: View,
+    journal: Journal,
     changes: broadcast::Receiver<News>,
     told: broadcast::Receiver<(BuildId, Progress)>,
     queue: Queue,
@@ -47,6 +48,7 @@ impl BuildsApi {
         let over = entry.record.state.is_terminal();
         let watch = Watch {
             view: self.view.clone(),
+            journal: self.journal.clone(),
             changes,
             told,
             queue: self.queue.clone(),
@@ -58,15 +60,15 @@ impl BuildsApi {
         };
         let later = futures::stream::unfold(watch, async |mut watch| {
             let build = watch.next().await?;
-            Some((Ok(build), watch))
+            Some((build, watch))
         });
         let all = futures::stream::once(async { Ok(first) }).chain(later);
-        Box::pin(until_stopped(all, self.stop.clone()))
+        Box::pin(until_cut(all, self.cuts.cut()))
     }
 }
 
 impl Watch {
-    async fn next(&mut self) -> Option<api::Build> {
+    async fn next(&mut self) -> Option<Result<api::Build, Status>> {
         if self.over {
             return None;
         }
@@ -76,27 +78,31 @@ impl Watch {
             if let Some(newer) = newer {
                 self.sent = (*newer).clone();
                 self.over = self.sent.record.state.is_terminal();
-                return Some(self.shown());
+                return Some(Ok(self.shown()));
             }
             tokio::select! {
-                // A lag only makes us look at the view again; its end ends the watch.
-                change = self.changes.recv() => {
-                    if matches!(change, Err(RecvError::Closed)) {
-                        return None;
+                change = self.changes.recv() => match change {
+                    Ok(News::Changed(_)) => {}
+                    // What was missed may be that the view began anew.
+                    Err(RecvError::Lagged(_)) if self.view.get(&self.sent.record.id).is_some() => {}
+                    Ok(News::BegunAnew) | Err(RecvError::Lagged(_)) => {
+                        return Some(self.known_anew().await);
                     }
-                }
+                    // Its end ends the watch.
+                    Err(RecvError::Closed) => return None,
+                },
                 changed = self.places.changed(), if self.sent.record.waits() => {
                     if changed.is_err() {
                         return None;
                     }
                     if self.queue.ahead(&self.sent) != self.ahead {
-                        return Some(self.shown());
+                        return Some(Ok(self.shown()));
                     }
                 }
                 told = self.told.recv() => match told {
                     Ok((id, step)) if id == self.sent.record.id => {
                         self.step = Some(step);
-                        return Some(self.shown());
+                        return Some(Ok(self.shown()));
                     }
                     // Of another build, or some were missed: the next will do.
                     Ok(_) | Err(RecvError::Lagged(_)) => {}
@@ -104,6 +110,16 @@ impl Watch {
                 },
             }
         }
+    }
+
+    /// The build as the journal's leader has it, after the view began anew.
+    async fn known_anew(&mut self) -> Result<api::Build, Status> {
+        let id = self.sent.record.id.clone();
+        self.view.caught_up().await;
+        let known = self.journal.last_of_build(&id).await.map_err(status::of_bus)?;
+        self.sent = known.ok_or(Cut::Lost(id))?;
+        self.over = self.sent.record.state.is_terminal();
+        Ok(self.shown())
     }
 
     fn shown(&mut self) -> api::Build {

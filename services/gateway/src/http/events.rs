@@ -172,7 +172,7 @@ mod tests {
     async fn an_error_ends_the_events_without_an_end() {
         let mut some = chunks(&[b"a", b"b"]);
         some.truncate(1);
-        some.push(Err(crate::stopping::Stopping.into()));
+        some.push(Err(crate::cut::Cut::Stopping.into()));
         assert!(told(some).await.ends_with("\"text\":\"a\"}\n\n"));
     }
 

@@ -6,6 +6,7 @@ use kiln_bus::BusError;
 use kiln_bus::logs::LogError;
 use serde_json::json;
 
+use crate::cut::Cut;
 use crate::log::ReadError;
 
 /// An answer that is none.
@@ -47,7 +48,10 @@ impl From<ReadError> for Problem {
             }
             ReadError::Bus(BusError::Unavailable { .. })
             | ReadError::Log(LogError::Bus(BusError::Unavailable { .. }))
-            | ReadError::Stopping(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+            | ReadError::Cut(Cut::Stopping | Cut::BusAway(_)) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "unavailable")
+            }
+            ReadError::Cut(Cut::Lost(_)) => (StatusCode::GONE, "lost-build"),
             ReadError::Bus(_) | ReadError::Log(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         };
         let length = match error {

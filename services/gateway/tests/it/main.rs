@@ -1,4 +1,9 @@
-//! The gateway against a real nats-server, whose logs and records the test writes.
+//! The gateway against a real nats-server. Orchestrator and resolver are played by the test, or it writes logs and records
+//! itself.
+
+#![cfg(test)]
 
 mod bed;
+mod bus_away;
+mod desk;
 mod http_log;
