@@ -30,6 +30,8 @@ const SEQUENCE: &str = "Nats-Sequence";
 const LAST_SEQUENCE: &str = "Nats-Last-Sequence";
 /// JetStream's batch direct get (ADR-31), which async-nats has no call for.
 const DIRECT_GET: &str = "$JS.API.DIRECT.GET";
+/// Bytes at which a batch ends: what a reader that takes slowly holds.
+pub(super) const BATCH_BYTES: usize = 512 * 1024;
 /// A replica answers each message of a batch within this long.
 const ANSWER: Duration = Duration::from_secs(5);
 
@@ -108,7 +110,7 @@ struct BatchRequest<'a> {
 }
 
 impl Logs {
-    /// Up to `batch` messages of a log (some MiB at most), from sequence `from` on, from any replica: on a cluster the
+    /// Up to `batch` messages of a log ([`BATCH_BYTES`] and one more at most), from sequence `from` on, from any replica: on a cluster the
     /// last ones may not be there yet.
     pub(super) async fn fetch(
         &self,
@@ -116,11 +118,10 @@ impl Logs {
         from: u64,
         batch: usize,
     ) -> Result<Vec<LogMessage>, BusError> {
-        const MAX_BYTES: usize = 1 << 20;
         let _turn =
             self.shared.replays.acquire().await.map_err(|error| BusError::unavailable(READ, error))?;
         let subject = subject::log(id);
-        let request = BatchRequest { seq: from, batch, max_bytes: MAX_BYTES, next_by_subj: &subject };
+        let request = BatchRequest { seq: from, batch, max_bytes: BATCH_BYTES, next_by_subj: &subject };
         let request = serde_json::to_vec(&request).map_err(|error| BusError::malformed(READ, error))?;
         self.shared.bus.attend(READ, self.batch(request.into())).await?
     }

@@ -9,6 +9,7 @@ mod live;
 mod message;
 mod progress;
 mod read;
+mod replay;
 mod seek;
 
 use std::collections::HashMap;
@@ -30,6 +31,7 @@ pub use self::read::{Chunk, Start, Until};
 
 use self::live::Live;
 use self::message::LogMessage;
+use self::replay::Batches;
 use crate::connection::Bus;
 use crate::error::BusError;
 use crate::journal::jittered;
@@ -53,6 +55,7 @@ struct Shared {
     bus: Bus,
     live: Mutex<HashMap<BuildId, Weak<Live>>>,
     replays: Semaphore,
+    batches: Batches,
     tasks: TaskTracker,
 }
 
@@ -114,6 +117,7 @@ impl Logs {
                 bus: bus.clone(),
                 live: Mutex::default(),
                 replays: Semaphore::new(REPLAYS),
+                batches: replay::batches(),
                 tasks: TaskTracker::new(),
             }),
         }

@@ -43,8 +43,6 @@ pub enum Until {
     Complete { over: CancellationToken },
 }
 
-/// Messages of one replay step.
-const BATCH: usize = 64;
 /// A build is over and there is no log at all: after this long nobody will write one.
 const NO_LOG: Duration = Duration::from_secs(30);
 
@@ -168,18 +166,14 @@ impl Reader {
         Ok(())
     }
 
-    /// Fetches what follows `seen`, from any replica; where that one is behind, from the leader.
+    /// Fetches what follows `seen`.
     async fn replay(&mut self) -> Result<(), LogError> {
-        let from = self.seen + 1;
-        let fetched = patiently(|| self.logs.fetch(&self.id, from, BATCH)).await?;
-        self.fetched = fetched.into();
-        if self.fetched.is_empty() {
-            match patiently(|| self.logs.next_from_leader(&self.id, from)).await? {
-                Some(message) => self.fetched.push_back(message),
-                // Retention was quicker.
-                None => self.seen = self.target,
-            }
+        let fetched = self.logs.replay(&self.id, self.seen + 1).await?;
+        if fetched.is_empty() {
+            // Retention was quicker.
+            self.seen = self.target;
         }
+        self.fetched = fetched.iter().cloned().collect();
         Ok(())
     }
 
