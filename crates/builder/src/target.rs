@@ -80,9 +80,10 @@ impl<'a> Target<'a> {
 fn failure(error: &Error, from: &ImageReference, to: &ImageReference) -> Failure {
     let reason = match error {
         Error::Unauthenticated { .. } | Error::Denied { .. } => FailureReason::RegistryDenied,
-        Error::Limited { .. } | Error::Unavailable { .. } | Error::UnknownHost { .. } => {
-            FailureReason::RegistryUnavailable
-        }
+        Error::NoCredential { .. }
+        | Error::Limited { .. }
+        | Error::Unavailable { .. }
+        | Error::UnknownHost { .. } => FailureReason::RegistryUnavailable,
         // The image is the user's choice.
         Error::NotFound { .. } | Error::NoPlatform { .. } | Error::Unsupported { .. } => {
             FailureReason::Context

@@ -114,10 +114,20 @@ impl Keyring {
         self.0.insert(registry.to_owned(), credential);
     }
 
+    /// The credential for a registry, named exactly as a reference names it.
+    pub fn get(&self, registry: &str) -> Option<&Credential> {
+        self.0.get(registry)
+    }
+
+    /// The registries that it has a credential for.
+    pub fn registries(&self) -> impl Iterator<Item = &String> {
+        self.0.keys()
+    }
+
     /// Adds `username:password` (the password may contain colons) for a registry, written as in a reference, as
     /// Docker Hub's other names, or as a URL of a Docker config file.
     pub fn insert(&mut self, registry: &str, login: &SecretString) -> Result<(), InvalidCredential> {
-        let registry = canonical(registry);
+        let registry = registry_name(registry);
         let (username, password) = match login.expose_secret().split_once(':') {
             Some((username, password)) if !username.is_empty() => (username.to_owned(), password.into()),
             _ => return Err(InvalidCredential { registry }),
@@ -134,8 +144,9 @@ impl Keychain for Keyring {
     }
 }
 
-/// A registry's name as references have it.
-fn canonical(registry: &str) -> String {
+/// A registry's name as references have it, of one written so, as Docker Hub's other names, or as a URL of a Docker
+/// config file.
+pub fn registry_name(registry: &str) -> String {
     let host = registry.strip_prefix("https://").or(registry.strip_prefix("http://")).unwrap_or(registry);
     let host = host.split('/').next().unwrap_or(host);
     match host {

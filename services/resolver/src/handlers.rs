@@ -137,7 +137,9 @@ fn image_refusal(error: &images::Error) -> Refusal {
             | RegistryError::NoPlatform { .. } => Code::NotFound,
             RegistryError::Unauthenticated { .. } => Code::Unauthenticated,
             RegistryError::Denied { .. } => Code::PermissionDenied,
-            RegistryError::Limited { .. } | RegistryError::Unavailable { .. } => Code::Unavailable,
+            RegistryError::NoCredential { .. }
+            | RegistryError::Limited { .. }
+            | RegistryError::Unavailable { .. } => Code::Unavailable,
             RegistryError::Broken { .. }
             | RegistryError::Unsupported { .. }
             | RegistryError::Rejected { .. } => Code::FailedPrecondition,

@@ -69,7 +69,12 @@ impl Error {
         match self {
             Self::Paused { .. } => true,
             Self::Registry(error) => {
-                matches!(error, RegistryError::Limited { .. } | RegistryError::Unavailable { .. })
+                matches!(
+                    error,
+                    RegistryError::NoCredential { .. }
+                        | RegistryError::Limited { .. }
+                        | RegistryError::Unavailable { .. }
+                )
             }
         }
     }
