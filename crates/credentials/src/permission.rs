@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use kiln_registry::{Credential, Error, Keychain, Keyring, registry_name};
+use kiln_contract::secrets::RegistryAuth;
+use kiln_registry::{Credential, Error, InvalidCredential, Keychain, Keyring, registry_name};
+use secrecy::SecretString;
 
 use crate::Installation;
 
@@ -54,6 +56,20 @@ impl Permitted {
     /// The request's `own` win over the installation's.
     pub fn new(own: Keyring, installation: Arc<Installation>, permission: Permission) -> Self {
         Self { own, installation, permission }
+    }
+
+    /// As a request says it.
+    pub fn of(auth: RegistryAuth, installation: Arc<Installation>) -> Result<Self, InvalidCredential> {
+        let mut own = Keyring::default();
+        for (registry, login) in auth.credentials {
+            own.insert(&registry, &SecretString::from(login))?;
+        }
+        let permission = if auth.allow_all {
+            Permission::All
+        } else {
+            Permission::selected(auth.allowed_hosts.iter().map(String::as_str))
+        };
+        Ok(Self::new(own, installation, permission))
     }
 
     /// Whose credential a registry would be shown. Asks nobody; the installation's may turn out not to be there.

@@ -17,7 +17,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("kiln-chassis", &[]),
     ("kiln-contract", &["kiln-domain"]),
     ("kiln-registry", &["kiln-domain"]),
-    ("kiln-credentials", &["kiln-registry"]),
+    ("kiln-credentials", &["kiln-contract", "kiln-registry"]),
     ("kiln-bus", &["kiln-contract", "kiln-domain"]),
     ("kiln-builder", &["kiln-domain", "kiln-registry"]),
     ("kiln-engine-local", ENGINE),

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use anyhow::anyhow;
+use kiln_credentials::Installation;
 use kiln_registry::OciRegistry;
 use kiln_resolver::{Parts, ROLE};
 use tokio_util::sync::CancellationToken;
@@ -11,14 +13,21 @@ use crate::roles::host::Host;
 
 pub(crate) async fn run(host: &Host, config: &Config, stop: CancellationToken) -> anyhow::Result<()> {
     let bus = host.connect(config, ROLE).await?;
-    let metrics = host.registry(ROLE);
+    let mut metrics = host.registry(ROLE);
+    let installation = Installation::open(&config.credentials, &mut metrics).await;
+    let installation = installation.map_err(|problem| anyhow!("`credentials`: {problem}"))?;
     let section = config.resolver.clone().unwrap_or_default();
     let registry = OciRegistry::new(kiln_registry::Config {
         plain_http: section.plain_http.clone(),
         ..kiln_registry::Config::default()
     });
-    let parts =
-        Parts { bus: bus.clone(), registry: Arc::new(registry), open_key: config.open_key()?, metrics };
+    let parts = Parts {
+        bus: bus.clone(),
+        registry: Arc::new(registry),
+        installation: Arc::new(installation),
+        open_key: config.open_key()?,
+        metrics,
+    };
     let ready = |metrics| host.ready(Role::Resolver, &bus, metrics);
     let ran = kiln_resolver::run(section, parts, ready, stop).await;
     bus.close().await;
