@@ -5,14 +5,11 @@ use std::collections::BTreeMap;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use kiln_registry::{Credential, registry_name};
+use kiln_registry::{Credential, TOKEN_USER, registry_name};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
 
 use crate::helper::HelperName;
-
-/// The user name that says that the password is an identity token.
-pub(crate) const TOKEN_USER: &str = "<token>";
 
 #[derive(Debug, Default)]
 pub(crate) struct DockerConfig {

@@ -124,10 +124,13 @@ impl Held<'_> {
                 }
             }
         }
-        let ready = match (self.spec(), self.secrets().await) {
-            (Ok(spec), Ok(secrets)) => Ok((spec, secrets)),
-            (_, Err(None)) => return self.pause(ENGINE_PAUSE).await,
-            (Err(message), _) | (_, Err(Some(message))) => Err(message),
+        let ready = match self.spec() {
+            Ok(spec) => match self.secrets(&spec).await {
+                Ok(secrets) => Ok((spec, secrets)),
+                Err(None) => return self.pause(ENGINE_PAUSE).await,
+                Err(Some(message)) => Err(message),
+            },
+            Err(message) => Err(message),
         };
         let (spec, secrets) = match ready {
             Ok(ready) => ready,

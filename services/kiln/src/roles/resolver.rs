@@ -2,20 +2,18 @@
 
 use std::sync::Arc;
 
-use anyhow::anyhow;
-use kiln_credentials::Installation;
 use kiln_registry::OciRegistry;
 use kiln_resolver::{Parts, ROLE};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Role};
+use crate::roles::credentials;
 use crate::roles::host::Host;
 
 pub(crate) async fn run(host: &Host, config: &Config, stop: CancellationToken) -> anyhow::Result<()> {
     let bus = host.connect(config, ROLE).await?;
     let mut metrics = host.registry(ROLE);
-    let installation = Installation::open(&config.credentials, &mut metrics).await;
-    let installation = installation.map_err(|problem| anyhow!("`credentials`: {problem}"))?;
+    let installation = credentials::open(config, &mut metrics).await?;
     let section = config.resolver.clone().unwrap_or_default();
     let registry = OciRegistry::new(kiln_registry::Config {
         plain_http: section.plain_http.clone(),
@@ -24,7 +22,7 @@ pub(crate) async fn run(host: &Host, config: &Config, stop: CancellationToken) -
     let parts = Parts {
         bus: bus.clone(),
         registry: Arc::new(registry),
-        installation: Arc::new(installation),
+        installation,
         open_key: config.open_key()?,
         metrics,
     };

@@ -91,6 +91,7 @@ impl Stage {
         let parts = Parts {
             bus: connect(&self.server.url()).await?,
             engine: self.engine.clone(),
+            installation: Arc::default(),
             open_key: self.key.clone(),
             life: String::new(),
             metrics: Registry::default(),
