@@ -32,35 +32,41 @@ use crate::tool::{BuildRequest, BuildTool, Built, ToolError};
 /// The longest argument that Linux takes.
 const ARGUMENT_BYTES: usize = 128 * 1024 - 1;
 
+/// Credentials in the work folder: those of the FROMs, and those of the push.
+const TO_PULL: &str = "auth.json";
+const TO_PUSH: &str = "push-auth.json";
+
 /// buildah for one run.
 pub(crate) struct Buildah {
     settings: Settings,
     work: PathBuf,
     children: Children,
     secrets: BTreeMap<String, SecretString>,
+    to_push: BTreeMap<String, SecretString>,
     no_cache: bool,
 }
 
 impl Buildah {
     /// Writes what buildah reads into the work folder.
     ///
-    /// `registries`: host → `username:password`; `plain_http`: those of the hosts that are spoken to without TLS.
+    /// `to_pull` and `to_push`: host → `username:password`; `plain_http`: those of the hosts that are spoken to without TLS.
     pub(crate) fn new(
         settings: &Settings,
         work: &Path,
         children: &Children,
-        registries: &BTreeMap<String, SecretString>,
+        to_pull: &BTreeMap<String, SecretString>,
+        to_push: BTreeMap<String, SecretString>,
         plain_http: &[String],
         secrets: &BTreeMap<String, SecretString>,
     ) -> std::io::Result<Self> {
         std::fs::create_dir_all(work.join("hooks"))?;
-        write_private(&work.join("auth.json"), files::credentials(registries).as_bytes())?;
+        write_private(&work.join(TO_PULL), files::credentials(to_pull).as_bytes())?;
         std::fs::write(work.join("registries.conf"), files::registries(plain_http))?;
         std::fs::write(work.join("policy.json"), files::POLICY)?;
         let buildah = Self::of(settings, work, children);
         std::fs::create_dir_all(buildah.storage().root())?;
         buildah.storage().forget_other_boots();
-        Ok(Self { secrets: secrets.clone(), ..buildah })
+        Ok(Self { secrets: secrets.clone(), to_push, ..buildah })
     }
 
     /// One that only clears what an earlier one left.
@@ -70,6 +76,7 @@ impl Buildah {
             work: work.to_owned(),
             children: children.clone(),
             secrets: BTreeMap::new(),
+            to_push: BTreeMap::new(),
             no_cache: false,
         }
     }
@@ -88,19 +95,19 @@ impl Buildah {
     }
 
     /// A command that speaks to registries.
-    fn remote_command(&self, verb: &str) -> Command {
+    fn remote_command(&self, verb: &str, credentials: &str) -> Command {
         let mut command = self.command(verb);
         command
             .arg("--signature-policy")
             .arg(self.work.join("policy.json"))
             .arg("--authfile")
-            .arg(self.work.join("auth.json"))
+            .arg(self.work.join(credentials))
             .args(["--retry", "2", "--retry-delay", "1s"]);
         command
     }
 
     fn build_command(&self, request: &BuildRequest) -> Result<Command, ToolError> {
-        let mut command = self.remote_command("build");
+        let mut command = self.remote_command("build", TO_PULL);
         command
             .args([
                 "--isolation",
@@ -191,14 +198,19 @@ impl BuildTool for Buildah {
 
     async fn push(&self, built: &Built, to: &ImageReference) -> Result<Digest, ToolError> {
         let digest_file = self.work.join("pushed-digest");
-        let mut command = self.remote_command("push");
+        // Only now, when no step can be at work that could read it.
+        let credentials = self.work.join(TO_PUSH);
+        write_private(&credentials, files::credentials(&self.to_push).as_bytes()).map_err(cannot_run)?;
+        let mut command = self.remote_command("push", TO_PUSH);
         command
             .arg("--digestfile")
             .arg(&digest_file)
             .arg("--")
             .arg(&built.image)
             .arg(format!("docker://{to}"));
-        let ended = self.children.run(command, Show::Output).await.map_err(cannot_run)?;
+        let ended = self.children.run(command, Show::Output).await.map_err(cannot_run);
+        std::fs::remove_file(&credentials).map_err(cannot_run)?;
+        let ended = ended?;
         if !ended.status.success() {
             return Err(failure::of_push(&ended, to));
         }

@@ -1,4 +1,4 @@
-//! The FROM lines of a Dockerfile: which images it is built on. Everything else in it is the build tool's to read.
+//! The images that a Dockerfile names. Everything else in it is the build tool's to read.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,11 +13,28 @@ pub(crate) struct From {
     pub(crate) reference: Option<ImageReference>,
 }
 
-/// The images that a Dockerfile names in FROM lines: each once, in order, without `scratch` and earlier stages.
-pub(crate) fn froms(dockerfile: &str, build_args: &BTreeMap<String, String>) -> Vec<From> {
+/// What a Dockerfile takes from registries.
+#[derive(Debug, Default)]
+pub(crate) struct Images {
+    /// Of FROM lines: each once, in order, without `scratch` and earlier stages.
+    pub(crate) froms: Vec<From>,
+    /// Of `--from=` and `--mount=…,from=`.
+    pub(crate) others: Vec<ImageReference>,
+}
+
+impl Images {
+    /// `host[:port]` of each.
+    pub(crate) fn registries(&self) -> BTreeSet<&str> {
+        let froms = self.froms.iter().filter_map(|from| from.reference.as_ref());
+        froms.chain(&self.others).map(ImageReference::registry).collect()
+    }
+}
+
+/// The images that a Dockerfile names.
+pub(crate) fn images(dockerfile: &str, build_args: &BTreeMap<String, String>) -> Images {
     let mut arguments = predefined();
     let mut stages = BTreeSet::new();
-    let mut found: Vec<From> = Vec::new();
+    let (mut found, mut others) = (Vec::<From>::new(), Vec::new());
     let mut in_head = true;
     for line in logical_lines(dockerfile) {
         let mut words = line.split_whitespace();
@@ -46,10 +63,23 @@ pub(crate) fn froms(dockerfile: &str, build_args: &BTreeMap<String, String>) -> 
                     found.push(From { reference: text.parse().ok(), text });
                 }
             }
+            Some("COPY" | "ADD" | "RUN") => others.extend(words.filter_map(from_flag).filter_map(|name| {
+                let name = expand(name, &arguments);
+                let is_stage =
+                    stages.contains(&name.to_lowercase()) || name.bytes().all(|b| b.is_ascii_digit());
+                if is_stage { None } else { name.parse().ok() }
+            })),
             _ => {}
         }
     }
-    found
+    Images { froms: found, others }
+}
+
+/// `name` of `--from=name` and `--mount=type=bind,from=name,…`.
+fn from_flag(word: &str) -> Option<&str> {
+    let name = word.strip_prefix("--from=");
+    let mount = || word.strip_prefix("--mount=")?.split(',').find_map(|part| part.strip_prefix("from="));
+    name.or_else(mount).map(unquoted)
 }
 
 /// Platform arguments that every Dockerfile may use in FROM.
@@ -152,8 +182,20 @@ mod tests {
             ("FROM", &[]),
             ("FROM $UNKNOWN", &[]),
         ] {
-            let found: Vec<_> = froms(dockerfile, &build_args).into_iter().map(|from| from.text).collect();
+            let found: Vec<_> =
+                images(dockerfile, &build_args).froms.into_iter().map(|from| from.text).collect();
             assert_eq!(found, expected, "{dockerfile}");
         }
+    }
+
+    #[test]
+    fn registries_are_those_that_something_is_taken_from() {
+        let dockerfile = "FROM a.test/x AS one\nFROM one\nCOPY --from=one /a /a\nCOPY --from=0 /a /a\n\
+             COPY --chown=1 --from=b.test:5000/y /a /a\nRUN --mount=type=bind,from=c.test/z,target=/z true\n\
+             RUN echo d.test/w from=e.test/v\n";
+        let images = images(dockerfile, &BTreeMap::new());
+        assert_eq!(Vec::from_iter(images.registries()), ["a.test", "b.test:5000", "c.test"]);
+        let hub = super::images("FROM busybox", &BTreeMap::new());
+        assert_eq!(Vec::from_iter(hub.registries()), ["docker.io"]);
     }
 }

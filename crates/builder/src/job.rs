@@ -58,7 +58,7 @@ impl Job<'_> {
                 let pushed = self.build(source, commit, base_ref, &work, progress).await?;
                 self.say(&format!("copying {base_ref} to {}", spec.target_ref));
                 let platform = source.platform.clone().unwrap_or_default();
-                let digest = target.copy(&base_ref.pinned(&pushed), &platform).await?;
+                let digest = target.copy_own(&base_ref.pinned(&pushed), &platform).await?;
                 self.find_digests(progress).await;
                 Ok(digest)
             }
@@ -78,17 +78,23 @@ impl Job<'_> {
         self.say(&format!("fetching {} at {commit}", source.remote_uri));
         let context = context::fetch(source, commit, secrets, work, self.children).await?;
         let text = std::fs::read(&context.dockerfile).map_err(|error| no_room("the Dockerfile", &error))?;
-        let froms = dockerfile::froms(&String::from_utf8_lossy(&text), &source.build_args);
-        progress.findings.bases = froms.iter().take(limits::BASES).map(base).collect();
+        let images = dockerfile::images(&String::from_utf8_lossy(&text), &source.build_args);
+        progress.findings.bases = images.froms.iter().take(limits::BASES).map(base).collect();
 
-        let mentioned =
-            froms.iter().filter_map(|from| from.reference.as_ref()).chain([base_ref, &spec.target_ref]);
-        let plain: Vec<String> = mentioned
-            .map(ImageReference::registry)
+        let pulled_from = images.registries();
+        // What the Dockerfile has no use for, its steps shall not find.
+        let mut to_pull = secrets.registries.clone();
+        to_pull.retain(|host, _| pulled_from.contains(host.as_str()));
+        let mut to_push = secrets.registries.clone();
+        to_push.extend(secrets.push.clone());
+        to_push.retain(|host, _| host == base_ref.registry());
+        let plain: Vec<String> = pulled_from
+            .into_iter()
+            .chain([base_ref.registry(), spec.target_ref.registry()])
             .filter(|host| is_plain(spec, host))
             .map(str::to_owned)
             .collect();
-        let tool = Buildah::new(settings, work, self.children, &secrets.registries, &plain, &secrets.mounts)
+        let tool = Buildah::new(settings, work, self.children, &to_pull, to_push, &plain, &secrets.mounts)
             .map_err(|error| no_room("the build tool's files", &error))?
             .with_no_cache(spec.no_cache);
         progress.findings.build_tool = tool.name().into();

@@ -10,6 +10,7 @@ use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run::{RunSecrets, RunSpec};
 use kiln_registry::{Access, Config, Error, Keyring, OciRegistry, Registry};
+use secrecy::SecretString;
 use tokio::time::Instant;
 
 use crate::folder::Folder;
@@ -35,13 +36,10 @@ impl<'a> Target<'a> {
         deadline: Instant,
     ) -> Result<Self, Failure> {
         kiln_registry::install_crypto_provider();
-        let mut keyring = Keyring::default();
-        for (host, login) in &secrets.registries {
-            keyring
-                .insert(host, login)
-                .map_err(|error| Failure::new(FailureReason::RegistryDenied, error.to_string()))?;
-        }
-        let mut access = Access::new(Arc::new(keyring), deadline);
+        let to_pull = keyring(secrets.registries.iter())?;
+        let to_push = keyring(secrets.registries.iter().chain(&secrets.push))?;
+        let mut access = Access::new(Arc::new(to_pull), deadline);
+        access.push_keychain = Some(Arc::new(to_push));
         access.patience = PATIENCE;
         access.insist_on = Some(spec.target_ref.registry().to_owned());
         access.wait_out_limits = true;
@@ -51,6 +49,28 @@ impl<'a> Target<'a> {
 
     /// Makes the target the same image as `from`.
     pub(crate) async fn copy(&self, from: &ImageReference, platform: &Platform) -> Result<Digest, Failure> {
+        self.copy_as(&self.access, from, platform).await
+    }
+
+    /// The same, of what this run has pushed: it is read with the credentials that it was pushed with.
+    pub(crate) async fn copy_own(
+        &self,
+        from: &ImageReference,
+        platform: &Platform,
+    ) -> Result<Digest, Failure> {
+        let mut access = self.access.clone();
+        if let Some(keychain) = &access.push_keychain {
+            access.keychain = keychain.clone();
+        }
+        self.copy_as(&access, from, platform).await
+    }
+
+    async fn copy_as(
+        &self,
+        access: &Access,
+        from: &ImageReference,
+        platform: &Platform,
+    ) -> Result<Digest, Failure> {
         let to = &self.spec.target_ref;
         let mut push: Option<File> = None;
         let mut before_put = |digest: &Digest| {
@@ -66,7 +86,7 @@ impl<'a> Target<'a> {
             }
             self.folder.record_target(digest)
         };
-        let copied = self.registry.copy(from, to, platform, &self.access, &mut before_put).await;
+        let copied = self.registry.copy(from, to, platform, access, &mut before_put).await;
         drop(push);
         copied.map_err(|error| failure(&error, from, to))
     }
@@ -77,12 +97,24 @@ impl<'a> Target<'a> {
     }
 }
 
+/// Of two logins for a host, the later one counts.
+fn keyring<'a>(logins: impl Iterator<Item = (&'a String, &'a SecretString)>) -> Result<Keyring, Failure> {
+    let mut keyring = Keyring::default();
+    for (host, login) in logins {
+        keyring
+            .insert(host, login)
+            .map_err(|error| Failure::new(FailureReason::RegistryDenied, error.to_string()))?;
+    }
+    Ok(keyring)
+}
+
 fn failure(error: &Error, from: &ImageReference, to: &ImageReference) -> Failure {
     let reason = match error {
         Error::Unauthenticated { .. } | Error::Denied { .. } => FailureReason::RegistryDenied,
-        Error::Limited { .. } | Error::Unavailable { .. } | Error::UnknownHost { .. } => {
-            FailureReason::RegistryUnavailable
-        }
+        Error::NoCredential { .. }
+        | Error::Limited { .. }
+        | Error::Unavailable { .. }
+        | Error::UnknownHost { .. } => FailureReason::RegistryUnavailable,
         // The image is the user's choice.
         Error::NotFound { .. } | Error::NoPlatform { .. } | Error::Unsupported { .. } => {
             FailureReason::Context

@@ -52,8 +52,11 @@ pub enum Work {
 pub struct RunSecrets {
     pub git_username: String,
     pub git_password: Option<SecretString>,
-    /// Registry host → `username:password`. Only these may be used to pull.
+    /// Registry host → `username:password` (`<token>:…` for an identity token). Only these may be used to pull.
     pub registries: BTreeMap<String, SecretString>,
+    /// The same, of the registries that is pushed to, where the installation has its own for them. No step of a build may
+    /// come near them.
+    pub push: BTreeMap<String, SecretString>,
     /// For `RUN --mount=type=secret`: id → content, base64.
     pub mounts: BTreeMap<String, SecretString>,
 }

@@ -81,6 +81,8 @@ pub struct SecretsFile {
     #[serde(default)]
     registries: BTreeMap<String, String>,
     #[serde(default)]
+    push: BTreeMap<String, String>,
+    #[serde(default)]
     mounts: BTreeMap<String, String>,
 }
 
@@ -93,6 +95,7 @@ impl From<&RunSecrets> for SecretsFile {
             git_username: secrets.git_username.clone(),
             git_password: secrets.git_password.as_ref().map(|password| password.expose_secret().to_owned()),
             registries: exposed(&secrets.registries),
+            push: exposed(&secrets.push),
             mounts: exposed(&secrets.mounts),
         }
     }
@@ -107,6 +110,7 @@ impl From<SecretsFile> for RunSecrets {
             git_username: file.git_username,
             git_password: file.git_password.map(SecretString::from),
             registries: hidden(file.registries),
+            push: hidden(file.push),
             mounts: hidden(file.mounts),
         }
     }

@@ -19,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub struct Access {
     /// Where credentials come from.
     pub keychain: Arc<dyn Keychain>,
+    /// Where those for what is written to come from; without it, they are the same.
+    pub push_keychain: Option<Arc<dyn Keychain>>,
     /// When the answer is of no use any more. Nothing goes on after it.
     pub deadline: Instant,
     /// How long each request is retried while its failure may pass (refused, cut, timeout, 5xx).
@@ -37,7 +39,14 @@ impl Access {
 
     /// With the credentials of a keychain, until the deadline.
     pub fn new(keychain: Arc<dyn Keychain>, deadline: Instant) -> Self {
-        Self { keychain, deadline, patience: PATIENCE, insist_on: None, wait_out_limits: false }
+        Self {
+            keychain,
+            push_keychain: None,
+            deadline,
+            patience: PATIENCE,
+            insist_on: None,
+            wait_out_limits: false,
+        }
     }
 
     /// When to stop to retry a request to the registry that begins now.
@@ -86,7 +95,21 @@ pub enum Credential {
     RegistryToken(SecretString),
 }
 
+/// The user name that says, to Docker and its like, that the password is an identity token.
+pub const TOKEN_USER: &str = "<token>";
+
 impl Credential {
+    /// As [`Keyring::insert`] takes it; `None` for what has no such form.
+    pub fn as_login(&self) -> Option<SecretString> {
+        match self {
+            Self::Password { username, password } => {
+                Some(format!("{username}:{}", password.expose_secret()).into())
+            }
+            Self::IdentityToken(token) => Some(format!("{TOKEN_USER}:{}", token.expose_secret()).into()),
+            Self::RegistryToken(_) => None,
+        }
+    }
+
     /// What tells it from any other: kind, user, secret. For the key of a cache; to be hashed there.
     pub fn distinguishing(&self) -> [&str; 3] {
         match self {
@@ -114,15 +137,28 @@ impl Keyring {
         self.0.insert(registry.to_owned(), credential);
     }
 
-    /// Adds `username:password` (the password may contain colons) for a registry, written as in a reference, as
+    /// The credential for a registry, named exactly as a reference names it.
+    pub fn get(&self, registry: &str) -> Option<&Credential> {
+        self.0.get(registry)
+    }
+
+    /// The registries that it has a credential for.
+    pub fn registries(&self) -> impl Iterator<Item = &String> {
+        self.0.keys()
+    }
+
+    /// Adds `username:password` (the password may contain colons; `<token>:…` is an identity token, as Docker has it) for a registry, written as in a reference, as
     /// Docker Hub's other names, or as a URL of a Docker config file.
     pub fn insert(&mut self, registry: &str, login: &SecretString) -> Result<(), InvalidCredential> {
-        let registry = canonical(registry);
-        let (username, password) = match login.expose_secret().split_once(':') {
-            Some((username, password)) if !username.is_empty() => (username.to_owned(), password.into()),
+        let registry = registry_name(registry);
+        let credential = match login.expose_secret().split_once(':') {
+            Some((TOKEN_USER, token)) => Credential::IdentityToken(token.into()),
+            Some((username, password)) if !username.is_empty() => {
+                Credential::Password { username: username.to_owned(), password: password.into() }
+            }
             _ => return Err(InvalidCredential { registry }),
         };
-        self.0.insert(registry, Credential::Password { username, password });
+        self.0.insert(registry, credential);
         Ok(())
     }
 }
@@ -134,8 +170,9 @@ impl Keychain for Keyring {
     }
 }
 
-/// A registry's name as references have it.
-fn canonical(registry: &str) -> String {
+/// A registry's name as references have it, of one written so, as Docker Hub's other names, or as a URL of a Docker
+/// config file.
+pub fn registry_name(registry: &str) -> String {
     let host = registry.strip_prefix("https://").or(registry.strip_prefix("http://")).unwrap_or(registry);
     let host = host.split('/').next().unwrap_or(host);
     match host {
@@ -167,6 +204,20 @@ mod tests {
         for other in ["docker.io.evil.test", "evil.test", "docker.io:5000", "DOCKER.IO"] {
             assert!(keyring.credential(other).await.unwrap().is_none(), "{other}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_login_is_read_as_it_is_written() {
+        let mut keyring = Keyring::default();
+        for credential in [
+            Credential::Password { username: "me".into(), password: "a:b".into() },
+            Credential::IdentityToken("refresh".into()),
+        ] {
+            keyring.insert("r.test", &credential.as_login().unwrap()).unwrap();
+            let read = keyring.credential("r.test").await.unwrap().unwrap();
+            assert_eq!(read.distinguishing(), credential.distinguishing());
+        }
+        assert!(Credential::RegistryToken("bearer".into()).as_login().is_none());
     }
 
     #[test]

@@ -24,6 +24,9 @@ pub enum Error {
     /// The credentials do not reach so far.
     #[error("access to {reference} is denied: {problem}")]
     Denied { reference: String, problem: String },
+    /// There should be a credential, and it can't be had.
+    #[error("the credentials for {registry} cannot be had: {problem}")]
+    NoCredential { registry: String, problem: String },
     /// Too many requests, by the registry's count.
     #[error("registry {registry} limits requests{}", again_after(.retry_after))]
     Limited { registry: String, retry_after: Option<Duration> },
@@ -89,7 +92,8 @@ impl Error {
             | Self::UnknownHost { .. }
             | Self::NoPlatform { .. }
             | Self::Unsupported { .. } => true,
-            Self::Limited { .. }
+            Self::NoCredential { .. }
+            | Self::Limited { .. }
             | Self::Unavailable { .. }
             | Self::Broken { .. }
             | Self::Rejected { .. }
@@ -100,7 +104,8 @@ impl Error {
     /// The registry that it happened at (`docker.io`, `host[:port]`): of a copy, this tells source from target.
     pub fn registry(&self) -> Option<&str> {
         match self {
-            Self::Limited { registry, .. }
+            Self::NoCredential { registry, .. }
+            | Self::Limited { registry, .. }
             | Self::Unavailable { registry, .. }
             | Self::UnknownHost { registry } => Some(registry),
             Self::NotFound { reference }

@@ -30,7 +30,9 @@ use async_trait::async_trait;
 use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
 
-pub use crate::access::{Access, Credential, InvalidCredential, Keychain, Keyring};
+pub use crate::access::{
+    Access, Credential, InvalidCredential, Keychain, Keyring, TOKEN_USER, registry_name,
+};
 pub use crate::error::{Error, Problem};
 pub use crate::http::Config;
 use crate::http::Http;

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use url::Url;
 
 use crate::OciRegistry;
-use crate::access::{Access, Credential};
+use crate::access::{Access, Credential, Keychain};
 use crate::challenge::Challenge;
 use crate::error::{Error, Problem};
 use crate::http::{Http, body, successful};
@@ -23,6 +23,7 @@ use crate::tokens::Tokens;
 pub(crate) struct Repository<'a> {
     pub(crate) http: &'a Http,
     tokens: &'a Tokens,
+    keychain: &'a dyn Keychain,
     pub(crate) access: &'a Access,
     /// As the reference names it.
     pub(crate) registry: &'a str,
@@ -49,7 +50,7 @@ impl<'a> Repository<'a> {
         access: &'a Access,
     ) -> Result<Self, Error> {
         let scope = format!("repository:{}:pull", reference.repository());
-        Self::new(client, reference, access, vec![scope])
+        Self::new(client, reference, access, &*access.keychain, vec![scope])
     }
 
     /// To write to, and within its registry to mount from another.
@@ -61,19 +62,22 @@ impl<'a> Repository<'a> {
     ) -> Result<Self, Error> {
         let scope = format!("repository:{}:pull,push", reference.repository());
         let from = mount_from.map(|name| format!("repository:{name}:pull"));
-        Self::new(client, reference, access, std::iter::once(scope).chain(from).collect())
+        let keychain = access.push_keychain.as_ref().unwrap_or(&access.keychain);
+        let scopes = std::iter::once(scope).chain(from).collect();
+        Self::new(client, reference, access, &**keychain, scopes)
     }
 
     fn new(
         client: &'a OciRegistry,
         reference: &'a ImageReference,
         access: &'a Access,
+        keychain: &'a dyn Keychain,
         scopes: Vec<String>,
     ) -> Result<Self, Error> {
         let (registry, name) = (reference.registry(), reference.repository());
         let OciRegistry { http, tokens } = client;
         let base = http.base(registry)?;
-        Ok(Self { http, tokens, access, registry, name, base, scopes, session: Mutex::default() })
+        Ok(Self { http, tokens, keychain, access, registry, name, base, scopes, session: Mutex::default() })
     }
 
     /// `registry/name@digest`, to name a blob or manifest in a message.
@@ -180,7 +184,7 @@ impl<'a> Repository<'a> {
         let credential = match &session.credential {
             Some(known) => known.clone(),
             None => {
-                let found = self.access.keychain.credential(self.registry).await?;
+                let found = self.keychain.credential(self.registry).await?;
                 session.credential.insert(found).clone()
             }
         };

@@ -4,6 +4,7 @@
 pub mod engine;
 pub mod engine_conformance;
 pub mod fleet;
+pub mod front;
 pub mod installation;
 pub mod nats;
 pub mod noop_engine;

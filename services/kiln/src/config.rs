@@ -52,6 +52,8 @@ pub(crate) struct Config {
     pub(crate) holders: Holders,
     pub(crate) listen: Listen,
     pub(crate) engine: Engine,
+    /// Of the resolver and the orchestrator.
+    pub(crate) credentials: kiln_credentials::Config,
     pub(crate) gateway: Option<kiln_gateway::Config>,
     pub(crate) resolver: Option<kiln_resolver::Config>,
     pub(crate) orchestrator: Option<kiln_orchestrator::Config>,
@@ -188,6 +190,7 @@ impl Config {
         let mut section = |name: &str, found: Vec<String>| {
             problems.extend(found.iter().map(|text| in_section(name, text)));
         };
+        section("credentials", self.credentials.problems());
         let needs = |role| roles.contains(&role);
         if self.resolver.is_some() || needs(Role::Resolver) {
             section("resolver", self.resolver.clone().unwrap_or_default().problems());

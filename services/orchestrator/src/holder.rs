@@ -169,10 +169,13 @@ impl Held<'_> {
                 Err(error) => return Ok(Err(error)),
             }
         }
-        let ready = match (self.spec(), self.secrets().await) {
-            (Ok(spec), Ok(secrets)) => Ok((spec, secrets)),
-            (_, Err(None)) => return self.wait(ENGINE_PAUSE).await.map(Ok),
-            (Err(message), _) | (_, Err(Some(message))) => Err(message),
+        let ready = match self.spec() {
+            Ok(spec) => match self.secrets(&spec).await {
+                Ok(secrets) => Ok((spec, secrets)),
+                Err(None) => return self.wait(ENGINE_PAUSE).await.map(Ok),
+                Err(Some(message)) => Err(message),
+            },
+            Err(message) => Err(message),
         };
         let (spec, secrets) = match ready {
             Ok(ready) => ready,

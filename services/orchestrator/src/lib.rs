@@ -1,7 +1,8 @@
 //! The orchestrator: decides whether an image is to be built, and sees each build to its end.
 //!
 //! - *I am asked* to build an image, to cancel a build, and which image a source would make.
-//! - *I ask* the resolver what a reference or revision is now, and what lies at a target; the engine to run builders.
+//! - *I ask* the resolver what a reference or revision is now, and what lies at a target; the engine to run builders; the
+//!   installation's credentials for what a builder may pull and must push.
 //! - *I tell* the journal every change of a build, and the metrics.
 //! - *I never* act on a build without a claim that stands in the journal, nor before its append has succeeded; I never
 //!   speak to a registry or a git remote myself.
@@ -13,6 +14,7 @@ mod claims;
 mod cleanup;
 mod conclude;
 mod config;
+mod credentials;
 mod handlers;
 mod holder;
 mod identity;
@@ -33,6 +35,7 @@ use kiln_bus::secrets::SecretsBucket;
 use kiln_bus::serve::Server;
 use kiln_bus::view::View;
 use kiln_bus::{Bus, Lease, logs::Logs};
+use kiln_credentials::Installation;
 use kiln_domain::engine::Engine;
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
@@ -52,6 +55,8 @@ const FINISHED_KEPT: usize = 500;
 pub struct Parts {
     pub bus: Bus,
     pub engine: Arc<dyn Engine>,
+    /// The credentials of this installation.
+    pub installation: Arc<Installation>,
     pub open_key: OpenKey,
     /// See [`Holders::start`].
     pub life: String,
@@ -68,6 +73,7 @@ struct Shared {
     secrets: SecretsBucket,
     logs: Logs,
     engine: Arc<dyn Engine>,
+    installation: Arc<Installation>,
     open_key: OpenKey,
     resolver: Resolver,
     metrics: Metrics,
@@ -82,7 +88,7 @@ pub async fn run(
     ready: impl FnOnce(Registry) + Send,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let Parts { bus, engine, open_key, life, lease, mut metrics } = parts;
+    let Parts { bus, engine, installation, open_key, life, lease, mut metrics } = parts;
     let tasks = TaskTracker::new();
     let ended = CancellationToken::new();
     let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
@@ -99,6 +105,7 @@ pub async fn run(
         view,
         holders,
         engine,
+        installation,
         open_key,
     });
     if stop.run_until_cancelled(shared.view.caught_up()).await.is_some() {

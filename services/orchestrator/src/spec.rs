@@ -4,6 +4,7 @@ use kiln_domain::platform::Platform;
 use kiln_domain::run::{RunSecrets, RunSpec, Work};
 use kiln_domain::source::Source;
 
+use crate::credentials::{self, Logins};
 use crate::holder::Held;
 
 impl Held<'_> {
@@ -31,8 +32,8 @@ impl Held<'_> {
         })
     }
 
-    /// The build's secrets, opened. `Err(None)`: they can't be read now.
-    pub(crate) async fn secrets(&self) -> Result<RunSecrets, Option<String>> {
+    /// The build's secrets, opened, and the registry logins that its run may have. `Err(None)`: they can't be read now.
+    pub(crate) async fn secrets(&self, spec: &RunSpec) -> Result<RunSecrets, Option<String>> {
         let sealed = self.shared.secrets.get(&self.record().id).await.map_err(|error| {
             tracing::warn!(build.id = %self.record().id, "the build's secrets can't be read now: {error}");
             None
@@ -40,15 +41,21 @@ impl Held<'_> {
         let sealed = sealed.ok_or_else(|| Some("the build's secrets are gone".to_owned()))?;
         let secrets = kiln_bus::secrets::open(&self.shared.open_key, &sealed)
             .map_err(|error| Some(error.to_string()))?;
+        let record = self.record();
+        let from_own = matches!(record.source, Source::Dockerfile(_));
+        let logins = Logins::of(secrets.registry, &self.shared.installation, spec, from_own).await;
+        let logins = logins.map_err(|error| match error {
+            credentials::Error::Request(invalid) => Some(invalid.to_string()),
+            credentials::Error::Own(error) => {
+                tracing::error!(build.id = %record.id, "build `{}` can't be started yet: {error}", record.id);
+                None
+            }
+        })?;
         Ok(RunSecrets {
             git_username: secrets.git_username,
             git_password: Some(secrets.git_password).filter(|password| !password.is_empty()).map(Into::into),
-            registries: secrets
-                .registry
-                .credentials
-                .into_iter()
-                .map(|(host, pair)| (host, pair.into()))
-                .collect(),
+            registries: logins.pull,
+            push: logins.push,
             mounts: secrets.mounts.into_iter().map(|(id, content)| (id, content.into())).collect(),
         })
     }

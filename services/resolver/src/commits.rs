@@ -67,7 +67,7 @@ impl Commits {
     pub(crate) async fn resolve(&self, wanted: &Wanted) -> Result<String, Arc<Error>> {
         self.check(wanted).map_err(|error| Arc::new(error.into()))?;
         let patterns = candidates(&wanted.revision);
-        let asker = Asker::User { username: &wanted.username, password: &wanted.password };
+        let asker = Asker::Shows(["password", &wanted.username, wanted.password.expose_secret()]);
         let mut texts = vec![wanted.remote_uri.as_str()];
         texts.extend(patterns.iter().map(String::as_str));
         // Needs no HEAD to be there: must not join a question that does.

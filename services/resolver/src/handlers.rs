@@ -10,10 +10,10 @@ use kiln_contract::resolver::{
     FindImage, FoundImage, ResolveCommit, ResolveImage, ResolvedCommit, ResolvedImage,
 };
 use kiln_contract::secrets::Secrets;
+use kiln_credentials::{Installation, Permitted};
 use kiln_domain::platform::Platform;
 use kiln_domain::reference::ImageReference;
-use kiln_registry::{Error as RegistryError, Keyring};
-use secrecy::SecretString;
+use kiln_registry::Error as RegistryError;
 
 use crate::commits::{self, Commits};
 use crate::complaint::Kind;
@@ -25,6 +25,7 @@ const REVISION: &str = "source.dockerfile.git.revision";
 /// What the answers are made from.
 pub(crate) struct Duties {
     pub(crate) open_key: OpenKey,
+    pub(crate) installation: Arc<Installation>,
     pub(crate) images: Images,
     pub(crate) commits: Commits,
 }
@@ -57,7 +58,9 @@ async fn image(duties: &Duties, question: ResolveImage) -> Result<ResolvedImage,
     let reference = parse_reference(&question.reference)?;
     let platform = parse_platform(&question.platform)?;
     let secrets = open(duties, &question.secrets)?;
-    let wanted = images::Wanted { reference, platform, keyring: Arc::new(keyring(secrets)?) };
+    let credentials = Permitted::of(secrets.registry, duties.installation.clone())
+        .map_err(|error| invalid(format!("auth.credentials: {error}")))?;
+    let wanted = images::Wanted { reference, platform, credentials: Arc::new(credentials) };
     let resolved =
         duties.images.resolve(&wanted, question.refresh).await.map_err(|error| image_refusal(&error))?;
     Ok(ResolvedImage {
@@ -105,15 +108,6 @@ fn open(duties: &Duties, sealed: &[u8]) -> Result<Secrets, Refusal> {
     })
 }
 
-fn keyring(secrets: Secrets) -> Result<Keyring, Refusal> {
-    let mut keyring = Keyring::default();
-    for (registry, login) in secrets.registry.credentials {
-        let login = SecretString::from(login);
-        keyring.insert(&registry, &login).map_err(|error| invalid(format!("auth.credentials: {error}")))?;
-    }
-    Ok(keyring)
-}
-
 fn invalid(message: String) -> Refusal {
     Refusal::new(Code::InvalidArgument, message)
 }
@@ -137,7 +131,9 @@ fn image_refusal(error: &images::Error) -> Refusal {
             | RegistryError::NoPlatform { .. } => Code::NotFound,
             RegistryError::Unauthenticated { .. } => Code::Unauthenticated,
             RegistryError::Denied { .. } => Code::PermissionDenied,
-            RegistryError::Limited { .. } | RegistryError::Unavailable { .. } => Code::Unavailable,
+            RegistryError::NoCredential { .. }
+            | RegistryError::Limited { .. }
+            | RegistryError::Unavailable { .. } => Code::Unavailable,
             RegistryError::Broken { .. }
             | RegistryError::Unsupported { .. }
             | RegistryError::Rejected { .. } => Code::FailedPrecondition,

@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use kiln_bus::refs::RefKey;
+use kiln_credentials::{Installation, Owner, Permitted};
 use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
-use kiln_registry::{Access, Credential, Error as RegistryError, Keychain, Keyring, Registry};
+use kiln_registry::{Access, Error as RegistryError, Registry};
 use moka::future::Cache;
 use tokio::time::Instant;
 
@@ -25,6 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 pub(crate) struct Images {
     registry: Arc<dyn Registry>,
+    installation: Arc<Installation>,
     answers: Answers,
     /// Holds nothing: equal questions that are under way wait here for one load.
     flights: Cache<RefKey, Resolved>,
@@ -42,8 +44,8 @@ pub(crate) struct Images {
 pub(crate) struct Wanted {
     pub(crate) reference: ImageReference,
     pub(crate) platform: Platform,
-    /// The caller's own credentials.
-    pub(crate) keyring: Arc<Keyring>,
+    /// What the caller may use.
+    pub(crate) credentials: Arc<Permitted>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,7 +71,12 @@ impl Error {
         match self {
             Self::Paused { .. } => true,
             Self::Registry(error) => {
-                matches!(error, RegistryError::Limited { .. } | RegistryError::Unavailable { .. })
+                matches!(
+                    error,
+                    RegistryError::NoCredential { .. }
+                        | RegistryError::Limited { .. }
+                        | RegistryError::Unavailable { .. }
+                )
             }
         }
     }
@@ -86,12 +93,14 @@ impl Images {
     pub(crate) fn new(
         config: &Config,
         registry: Arc<dyn Registry>,
+        installation: Arc<Installation>,
         answers: Answers,
         keys: Keys,
         metrics: Metrics,
     ) -> Self {
         Self {
             registry,
+            installation,
             answers,
             flights: Cache::new(0),
             pauses: Pauses::default(),
@@ -107,7 +116,7 @@ impl Images {
     /// The digest of an image for its platform. With `refresh` it is what the registry says from now on: no fresh answer is
     /// taken, and no question joined that was asked before.
     pub(crate) async fn resolve(&self, wanted: &Wanted, refresh: bool) -> Result<Resolved, Arc<Error>> {
-        let key = self.key(wanted).await?;
+        let key = self.key(wanted).await;
         if refresh {
             return self.load(&key, wanted, true).await.map_err(Arc::new);
         }
@@ -118,28 +127,22 @@ impl Images {
         self.flights.try_get_with(key, self.load(&key, wanted, false)).await
     }
 
-    /// What lies at a reference right now, by the registry's own word: not cached, not joined.
+    /// What lies at a reference of this installation right now, by the registry's own word: not cached, not joined.
     pub(crate) async fn find(&self, reference: &ImageReference) -> Result<Option<Digest>, Error> {
-        let mut access = Access::anonymous(self.registry_timeout);
+        let mut access = Access::new(self.installation.clone(), Instant::now() + self.registry_timeout);
         access.patience = PATIENCE;
         self.ask(reference, self.registry.digest(reference, &access)).await
     }
 
-    async fn key(&self, wanted: &Wanted) -> Result<RefKey, Arc<Error>> {
-        let credential = wanted.keyring.credential(wanted.reference.registry()).await;
-        let credential = credential.map_err(|error| Arc::new(error.into()))?;
-        let asker = match &credential {
-            None => Asker::Anonymous,
-            Some(Credential::Password { username, password }) => Asker::User { username, password },
-            // Without a key that tells it from others, its answers can't be kept apart.
-            Some(_) => {
-                let reference = wanted.reference.to_string();
-                let problem = "a credential of this kind".to_owned();
-                return Err(Arc::new(RegistryError::Unsupported { reference, problem }.into()));
-            }
+    async fn key(&self, wanted: &Wanted) -> RefKey {
+        let owner = wanted.credentials.owner(wanted.reference.registry()).await;
+        let asker = match &owner {
+            Owner::Nobody => Asker::Anonymous,
+            Owner::Installation => Asker::Installation,
+            Owner::Request(own) => Asker::Shows(own.distinguishing()),
         };
         let (reference, platform) = (wanted.reference.to_string(), wanted.platform.to_string());
-        Ok(RefKey(self.keys.of("image", &[&reference, &platform], &asker)))
+        RefKey(self.keys.of("image", &[&reference, &platform], &asker))
     }
 
     /// The answer that is known, if it needs no question.
@@ -187,7 +190,7 @@ impl Images {
             Some(_) => (self.revalidate_timeout, Duration::ZERO),
             None => (self.registry_timeout, PATIENCE),
         };
-        let mut access = Access::new(wanted.keyring.clone(), Instant::now() + time);
+        let mut access = Access::new(wanted.credentials.clone(), Instant::now() + time);
         access.patience = patience;
         let reference = &wanted.reference;
         if let Some(points_at) = reference.digest() {

@@ -5,11 +5,10 @@
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use kiln_bus::seal::{OpenKey, SealError};
-use secrecy::{ExposeSecret as _, SecretString};
 use sha2::Sha256;
 
 /// What a key begins with, so that an entry of a release that meant something else is not found.
-const RELEASE: &str = "1";
+const RELEASE: &str = "2";
 
 #[derive(Clone)]
 pub(crate) struct Keys {
@@ -19,7 +18,10 @@ pub(crate) struct Keys {
 /// As whom something was asked.
 pub(crate) enum Asker<'a> {
     Anonymous,
-    User { username: &'a str, password: &'a SecretString },
+    /// By the installation's credentials, whatever they are at the moment: for all who may use them.
+    Installation,
+    /// Of the asker's own: its kind, the user, the secret.
+    Shows([&'a str; 3]),
 }
 
 impl Keys {
@@ -42,10 +44,10 @@ impl Keys {
         texts.iter().for_each(|text| add(text));
         match asker {
             Asker::Anonymous => add("anonymous"),
-            Asker::User { username, password } => {
-                add("user");
-                add(username);
-                add(password.expose_secret());
+            Asker::Installation => add("installation"),
+            Asker::Shows(own) => {
+                add("own");
+                own.iter().for_each(|text| add(text));
             }
         }
         mac.finalize().into_bytes().into()
@@ -62,8 +64,7 @@ mod tests {
         let keys = Keys::new(&OpenKey::from_seed(seed.clone()).unwrap()).unwrap();
         let replica = Keys::new(&OpenKey::from_seed(seed).unwrap()).unwrap();
         let stranger = Keys::new(&OpenKey::from_seed(OpenKey::new_seed().unwrap()).unwrap()).unwrap();
-        let password = SecretString::from("b");
-        let user = |username| Asker::User { username, password: &password };
+        let user = |username| Asker::Shows(["password", username, "b"]);
         let key = keys.of("image", &["x", "y"], &user("a"));
         assert_eq!(key, replica.of("image", &["x", "y"], &user("a")));
         let others = [
@@ -71,8 +72,10 @@ mod tests {
             keys.of("commit", &["x", "y"], &user("a")),
             keys.of("image", &["xy", ""], &user("a")),
             keys.of("image", &["x", "y"], &user("c")),
+            keys.of("image", &["x", "y"], &Asker::Shows(["identity token", "a", "b"])),
+            keys.of("image", &["x", "y"], &Asker::Installation),
             keys.of("image", &["x", "y"], &Asker::Anonymous),
-            keys.of("image", &["x", "y", "user", "a", "b"], &Asker::Anonymous),
+            keys.of("image", &["x", "y", "own", "password", "a", "b"], &Asker::Anonymous),
         ];
         assert!(!others.contains(&key));
     }

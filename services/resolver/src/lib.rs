@@ -25,6 +25,7 @@ use kiln_bus::Bus;
 use kiln_bus::refs::RefsBucket;
 use kiln_bus::seal::OpenKey;
 use kiln_bus::serve::Server;
+use kiln_credentials::Installation;
 use prometheus_client::registry::Registry as MetricsRegistry;
 use tokio_util::sync::CancellationToken;
 
@@ -44,6 +45,8 @@ pub struct Parts {
     /// Provisioned.
     pub bus: Bus,
     pub registry: Arc<dyn kiln_registry::Registry>,
+    /// The credentials of this installation.
+    pub installation: Arc<Installation>,
     pub open_key: OpenKey,
     pub metrics: MetricsRegistry,
 }
@@ -58,13 +61,14 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let problems = config.problems();
     anyhow::ensure!(problems.is_empty(), "the resolver's configuration is wrong: {}", problems.join("; "));
-    let Parts { bus, registry, open_key, metrics: mut counted } = parts;
+    let Parts { bus, registry, installation, open_key, metrics: mut counted } = parts;
     let keys = Keys::new(&open_key).context("make the key of cached answers")?;
     let metrics = Metrics::register(&mut counted);
     let answers = Answers::new(config.cached_images, RefsBucket::open(&bus).await?);
     let duties = Arc::new(Duties {
         open_key,
-        images: Images::new(&config, registry, answers, keys.clone(), metrics.clone()),
+        installation: installation.clone(),
+        images: Images::new(&config, registry, installation, answers, keys.clone(), metrics.clone()),
         commits: Commits::new(&config, keys, metrics),
     });
     let server = Server::start(&bus, ROLE, &mut counted).await.context("serve")?;

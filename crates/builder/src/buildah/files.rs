@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use base64::Engine as _;
+use kiln_registry::TOKEN_USER;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::json;
 
@@ -11,9 +12,15 @@ pub(super) const POLICY: &str = r#"{"default":[{"type":"insecureAcceptAnything"}
 
 /// containers-auth.json(5), one entry for each host.
 pub(super) fn credentials(registries: &BTreeMap<String, SecretString>) -> String {
-    let entry = |(host, secret): (&String, &SecretString)| {
-        let encoded = base64::engine::general_purpose::STANDARD.encode(secret.expose_secret());
-        (host.clone(), json!({"auth": encoded}))
+    let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
+    let entry = |(host, login): (&String, &SecretString)| {
+        let login = login.expose_secret();
+        let entry = match login.split_once(':') {
+            // Without a user name, such an entry is passed over.
+            Some((TOKEN_USER, token)) => json!({"auth": encode("<token>:"), "identitytoken": token}),
+            _ => json!({"auth": encode(login)}),
+        };
+        (host.clone(), entry)
     };
     let entries: serde_json::Map<_, _> = registries.iter().map(entry).collect();
     json!({"auths": entries}).to_string()

@@ -3,5 +3,6 @@
 mod bad_input;
 mod builds;
 mod credentials;
+mod registries;
 mod run;
 mod stops;

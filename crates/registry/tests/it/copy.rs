@@ -6,8 +6,8 @@ use kiln_domain::reference::{Digest, ImageReference};
 use kiln_registry::{Access, Config, Error, OciRegistry, Problem, Registry as _};
 use kiln_testkit::registry::{DockerRegistry, Files};
 
-use crate::front::{Front, Reply};
 use crate::{LONG, amd64, at_once, client};
+use kiln_testkit::front::{Front, Reply};
 
 const FILES: Files<'_> = &[("bin/hello", b"hello")];
 
@@ -39,7 +39,7 @@ fn through(front: &Front, name: &str) -> ImageReference {
 
 async fn forwarding(registry: &DockerRegistry) -> Front {
     let upstream = registry.address().to_owned();
-    Front::start(move |_| Reply::Forward(upstream.clone())).await
+    Front::start(move |_| Reply::Forward(upstream.clone())).await.unwrap()
 }
 
 #[tokio::test]
@@ -94,6 +94,7 @@ async fn a_manifest_that_is_refused_for_blobs_that_are_there_is_put_again() {
             if refused { Reply::status(400).body(*codes) } else { Reply::Forward(upstream.clone()) }
         })
         .await
+        .unwrap()
     };
     let front = refusing(2).await;
     let copied = copy(&through(&front, "app:1"), &through(&front, "ws:1"), &Access::anonymous(LONG)).await;
@@ -113,7 +114,8 @@ async fn a_registry_without_mounts_is_uploaded_to() {
     let front = Front::start(move |asked| {
         if asked.target.contains("mount=") { Reply::status(405) } else { Reply::Forward(upstream.clone()) }
     })
-    .await;
+    .await
+    .unwrap();
     copy(&through(&front, "base/app:1"), &through(&front, "ws/app:x"), &at_once()).await.unwrap();
     assert_same((&registry, "base/app"), (&registry, "ws/app"), "x", &digest).await;
     assert_eq!(front.count("PUT", "/blobs/"), 2);
@@ -188,7 +190,8 @@ async fn a_put_that_is_tried_again_is_announced_again() {
         let first = asked.is("PUT", "/manifests/") && puts.fetch_add(1, Ordering::Relaxed) == 0;
         if first { Reply::Hangup } else { Reply::Forward(upstream.clone()) }
     })
-    .await;
+    .await
+    .unwrap();
     let mut announced = 0;
     let (from, to) = (through(&front, "app:1"), through(&front, "ws:1"));
     client()
@@ -212,7 +215,8 @@ async fn a_layer_that_is_cut_is_fetched_again() {
         let cut = asked.is("GET", "/blobs/") && (1..=2).contains(&cuts.fetch_add(1, Ordering::Relaxed));
         if cut { Reply::ForwardCut(upstream.clone(), 1 << 20) } else { Reply::Forward(upstream.clone()) }
     })
-    .await;
+    .await
+    .unwrap();
     copy(&through(&front, "app:1"), &there.reference("app:1").unwrap(), &at_once()).await.unwrap();
     assert_same((&here, "app"), (&there, "app"), "1", &digest).await;
 }
@@ -234,7 +238,8 @@ async fn a_layer_that_is_not_what_it_should_be_arrives_nowhere() {
                 Reply::Forward(upstream.clone())
             }
         })
-        .await;
+        .await
+        .unwrap();
         let error = copy(&through(&front, "app:1"), &there.reference("app:1").unwrap(), &at_once())
             .await
             .unwrap_err();
@@ -281,7 +286,8 @@ async fn an_upload_that_stands_still_is_begun_anew() {
         "POST" => Reply::status(202).header("location", "/upload"),
         _ => Reply::Silence,
     })
-    .await;
+    .await
+    .unwrap();
     let client = OciRegistry::new(Config {
         stall_timeout: Duration::from_millis(50),
         parallel_blobs: 1,

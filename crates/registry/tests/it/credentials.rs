@@ -7,8 +7,8 @@ use kiln_registry::{Access, Error, Keyring, Registry as _};
 use kiln_testkit::registry::{DockerRegistry, PASSWORD, USERNAME};
 use tokio::time::Instant;
 
-use crate::front::{Asked, Front, Reply};
 use crate::{LONG, amd64, at_once, client};
+use kiln_testkit::front::{Asked, Front, Reply};
 
 pub(crate) const LOGIN: &str = "me:pass:word";
 
@@ -46,6 +46,7 @@ pub(crate) async fn token_service(expires_in: u64) -> Front {
         }
     })
     .await
+    .unwrap()
 }
 
 /// A registry that wants a token of `service`.
@@ -62,6 +63,7 @@ pub(crate) async fn bearer_registry(
         _ => Reply::status(401).header("www-authenticate", challenge.clone()),
     })
     .await
+    .unwrap()
 }
 
 #[tokio::test]
@@ -132,7 +134,7 @@ async fn what_a_token_service_refuses_is_refused() {
         (Reply::status(429), "limits requests"),
     ] {
         let reply = std::sync::Mutex::new(Some(reply));
-        let service = Front::start(move |_| reply.lock().unwrap().take().unwrap()).await;
+        let service = Front::start(move |_| reply.lock().unwrap().take().unwrap()).await.unwrap();
         let registry = bearer_registry(&service, |_| found()).await;
         let login = access(&[(&registry.address, LOGIN)]);
         let error = client().digest(&image(&registry), &login).await.unwrap_err();
@@ -148,7 +150,8 @@ async fn a_token_that_is_not_enough_is_renewed_once() {
         let challenge = format!(r#"Bearer realm="http://{}/token""#, service.address);
         move |_| Reply::status(401).header("www-authenticate", challenge.clone())
     })
-    .await;
+    .await
+    .unwrap();
     let login = access(&[(&registry.address, LOGIN)]);
     let error = client().digest(&image(&registry), &login).await.unwrap_err();
     assert!(matches!(error, Error::Unauthenticated { .. }), "{error}");
@@ -182,7 +185,8 @@ async fn no_credential_crosses_a_redirect() {
             "/please" => Reply::status(401).header("www-authenticate", "Basic realm=\"x\""),
             _ => found(),
         })
-        .await;
+        .await
+        .unwrap();
         let service = token_service(300).await;
         let (place, realm) = (other.address.clone(), service.address.clone());
         let count = AtomicUsize::new(0);
@@ -196,7 +200,8 @@ async fn no_credential_crosses_a_redirect() {
                 Reply::status(401).header("www-authenticate", format!("Bearer realm=\"http://{realm}/t\""))
             }
         })
-        .await;
+        .await
+        .unwrap();
         let login = access(&[(&registry.address, LOGIN), (&other.address, "other:login")]);
         assert_eq!(client().digest(&image(&registry), &login).await.unwrap(), Some(Digest::of(b"x")));
         let error = client().digest(&image(&registry), &login).await.unwrap_err();
@@ -211,7 +216,7 @@ async fn no_credential_crosses_a_redirect() {
 async fn an_upload_at_another_host_gets_the_blob_and_no_credential() {
     let source = DockerRegistry::start().await.unwrap();
     source.push_image("app:1", "linux/amd64", &[("a", b"b")]).await.unwrap();
-    let storage = Front::start(|_| Reply::status(201)).await;
+    let storage = Front::start(|_| Reply::status(201)).await.unwrap();
     let place = storage.address.clone();
     let registry = Front::start(move |asked| match (asked.authorization(), asked.method.as_str()) {
         (None, _) => Reply::status(401).header("www-authenticate", "Basic realm=\"r\""),
@@ -219,7 +224,8 @@ async fn an_upload_at_another_host_gets_the_blob_and_no_credential() {
         (_, "POST") => Reply::status(202).header("location", format!("http://{place}/upload?state=1")),
         _ => Reply::status(201),
     })
-    .await;
+    .await
+    .unwrap();
     let login = access(&[(&registry.address, LOGIN)]);
     let from = source.reference("app:1").unwrap();
     client().copy(&from, &image(&registry), &amd64(), &login, &mut |_| Ok(())).await.unwrap();

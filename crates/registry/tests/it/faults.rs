@@ -6,8 +6,8 @@ use kiln_registry::{Access, Config, Error, OciRegistry, Problem, Registry as _};
 use kiln_testkit::registry::DockerRegistry;
 use tokio::time::Instant;
 
-use crate::front::{Asked, Front, Reply};
 use crate::{LONG, amd64, at_once, client};
+use kiln_testkit::front::{Asked, Front, Reply};
 
 async fn resolve(front: &Front, access: &Access) -> Result<Digest, Error> {
     client().resolve(&image(front), &amd64(), access).await
@@ -19,7 +19,9 @@ fn image(front: &Front) -> ImageReference {
 
 /// A front that has no HEAD, so that its answers count.
 async fn answering(reply: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Front {
-    Front::start(move |asked| if asked.method == "HEAD" { Reply::status(405) } else { reply(asked) }).await
+    Front::start(move |asked| if asked.method == "HEAD" { Reply::status(405) } else { reply(asked) })
+        .await
+        .unwrap()
 }
 
 #[tokio::test]
@@ -57,7 +59,7 @@ async fn what_speaks_no_tls_is_not_tried_again() {
 
 #[tokio::test]
 async fn a_limit_is_told_at_once_with_its_time() {
-    let front = Front::start(|_| Reply::status(429).header("retry-after", "17")).await;
+    let front = Front::start(|_| Reply::status(429).header("retry-after", "17")).await.unwrap();
     let error = resolve(&front, &Access::anonymous(LONG)).await.unwrap_err();
     assert!(matches!(error, Error::Limited { .. }) && !error.is_users(), "{error}");
     assert_eq!(error.retry_after(), Some(Duration::from_secs(17)));
@@ -71,14 +73,15 @@ async fn a_limit_is_waited_out_if_that_is_asked_for_and_there_is_time() {
         0 => Reply::status(429).header("retry-after", "1"),
         _ => Reply::status(200).header("docker-content-digest", Digest::of(b"x").to_string()),
     })
-    .await;
+    .await
+    .unwrap();
     let mut access = Access::anonymous(LONG);
     access.wait_out_limits = true;
     let start = Instant::now();
     assert_eq!(client().digest(&image(&front), &access).await.unwrap(), Some(Digest::of(b"x")));
     assert!(start.elapsed() >= Duration::from_secs(1));
 
-    let front = Front::start(|_| Reply::status(429).header("retry-after", "100")).await;
+    let front = Front::start(|_| Reply::status(429).header("retry-after", "100")).await.unwrap();
     let error = client().digest(&image(&front), &access).await.unwrap_err();
     assert!(matches!(error, Error::Limited { .. }), "{error}");
     assert_eq!(front.asked().len(), 1);
@@ -93,14 +96,15 @@ async fn what_may_pass_is_tried_again() {
         2 => Reply::status(500),
         _ => Reply::status(200).header("docker-content-digest", Digest::of(b"x").to_string()),
     })
-    .await;
+    .await
+    .unwrap();
     let found = client().digest(&image(&front), &Access::anonymous(LONG)).await.unwrap();
     assert_eq!((found, front.asked().len()), (Some(Digest::of(b"x")), 4));
 }
 
 #[tokio::test]
 async fn a_registry_that_stays_ill_is_unavailable_when_patience_ends() {
-    let front = Front::start(|_| Reply::status(503).header("retry-after", "0")).await;
+    let front = Front::start(|_| Reply::status(503).header("retry-after", "0")).await.unwrap();
     let mut access = Access::anonymous(LONG);
     access.patience = Duration::from_millis(500);
     let error = client().digest(&image(&front), &access).await.unwrap_err();
@@ -110,7 +114,7 @@ async fn a_registry_that_stays_ill_is_unavailable_when_patience_ends() {
 
 #[tokio::test]
 async fn silence_ends_at_the_deadline() {
-    let front = Front::start(|_| Reply::Silence).await;
+    let front = Front::start(|_| Reply::Silence).await.unwrap();
     let error = resolve(&front, &Access::anonymous(Duration::from_millis(300))).await.unwrap_err();
     assert!(matches!(error, Error::Unavailable { problem: Problem::Timeout, .. }), "{error}");
 

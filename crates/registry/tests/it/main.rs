@@ -9,7 +9,6 @@
 mod copy;
 mod credentials;
 mod faults;
-mod front;
 mod inspect;
 mod resolve;
 mod tokens;

@@ -3,8 +3,8 @@ use kiln_registry::{Error, Registry as _};
 use kiln_testkit::registry::{DockerRegistry, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, descriptor};
 use serde_json::json;
 
-use crate::front::{Front, Reply};
 use crate::{amd64, at_once, client};
+use kiln_testkit::front::{Front, Reply};
 
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
@@ -141,7 +141,8 @@ async fn a_get_answers_where_a_head_says_no_digest() {
             "HEAD" => Reply::status(head_status),
             _ => Reply::json(content.clone()),
         })
-        .await;
+        .await
+        .unwrap();
         let reference: ImageReference = format!("{}/app:1", front.address).parse().unwrap();
         assert_eq!(client().digest(&reference, &at_once()).await.unwrap(), Some(digest.clone()));
         assert_eq!((front.count("HEAD", ""), front.count("GET", "")), (1, 1));
@@ -153,7 +154,7 @@ async fn a_digest_costs_one_head_and_what_is_not_there_no_get() {
     let registry = DockerRegistry::start().await.unwrap();
     registry.push_image("app:1", "linux/amd64", &[("a", b"b")]).await.unwrap();
     let upstream = registry.address().to_owned();
-    let front = Front::start(move |_| Reply::Forward(upstream.clone())).await;
+    let front = Front::start(move |_| Reply::Forward(upstream.clone())).await.unwrap();
     let (there, absent): (ImageReference, ImageReference) = (
         format!("{}/app:1", front.address).parse().unwrap(),
         format!("{}/app:2", front.address).parse().unwrap(),

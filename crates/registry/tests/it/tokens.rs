@@ -12,8 +12,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::credentials::{LOGIN, access, basic, bearer_registry, found, image, token_service};
-use crate::front::{Asked, Front, Reply};
 use crate::{LONG, at_once, client};
+use kiln_testkit::front::{Asked, Front, Reply};
 
 fn tag(front: &Front, tag: usize) -> ImageReference {
     format!("{}/team/app:{tag}", front.address).parse().unwrap()
@@ -39,6 +39,7 @@ async fn numbering_service() -> Front {
         Reply::json(format!(r#"{{"token":"t{number}","expires_in":300}}"#))
     })
     .await
+    .unwrap()
 }
 
 fn shown(front: &Front) -> Vec<Option<String>> {
@@ -71,7 +72,8 @@ async fn a_token_is_never_shown_for_another_credential() {
         };
         Reply::json(format!(r#"{{"token":"t-{of}"}}"#))
     })
-    .await;
+    .await
+    .unwrap();
     let registry = bearer_registry(&service, |_| found()).await;
     let client = client();
     for _ in 0..2 {
@@ -112,7 +114,8 @@ async fn a_token_that_the_registry_takes_no_more_is_replaced() {
         Some(shown) if taken.lock().unwrap().contains(shown) => found(),
         _ => Reply::status(401).header("www-authenticate", challenge.clone()),
     })
-    .await;
+    .await
+    .unwrap();
     let (client, access) = (client(), access(&[(&registry.address, LOGIN)]));
     ask(&client, &registry, &access).await.unwrap();
     *valid.lock().unwrap() = BTreeSet::from(["Bearer t2".to_owned()]);
@@ -125,7 +128,7 @@ async fn a_token_that_the_registry_takes_no_more_is_replaced() {
 
 #[tokio::test]
 async fn a_registry_that_moves_to_another_token_service_is_followed() {
-    let (old, new) = (Front::start(|_| Reply::status(404)).await, numbering_service().await);
+    let (old, new) = (Front::start(|_| Reply::status(404)).await.unwrap(), numbering_service().await);
     let first = numbering_service().await;
     let place = Arc::new(Mutex::new(first.address.clone()));
     let named = place.clone();
@@ -136,7 +139,8 @@ async fn a_registry_that_moves_to_another_token_service_is_followed() {
             Reply::status(401).header("www-authenticate", format!(r#"Bearer realm="http://{realm}/""#))
         }
     })
-    .await;
+    .await
+    .unwrap();
     let client = client();
     ask(&client, &registry, &at_once()).await.unwrap();
     *place.lock().unwrap() = old.address.clone();
@@ -155,7 +159,8 @@ async fn who_gives_up_does_not_take_the_others_along() {
     let service = Front::start(move |_| {
         if silent.swap(false, Ordering::Relaxed) { Reply::Silence } else { Reply::json(r#"{"token":"t"}"#) }
     })
-    .await;
+    .await
+    .unwrap();
     let registry = bearer_registry(&service, |_| found()).await;
     let client = Arc::new(client());
     let access = access(&[(&registry.address, LOGIN)]);
@@ -186,7 +191,8 @@ async fn an_identity_token_is_posted_to_the_token_service_and_seen_by_nobody_els
             Reply::status(401)
         }
     })
-    .await;
+    .await
+    .unwrap();
     let registry = bearer_registry(&service, |_| found()).await;
     let access = holding(&registry, Credential::IdentityToken("re/fresh".into()));
     assert!(ask(&client(), &registry, &access).await.unwrap().is_some());

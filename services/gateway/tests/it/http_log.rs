@@ -1,11 +1,5 @@
 //! A log over HTTP/1.1, as curl and browsers read it.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "clippy takes only the tests themselves for tests, not what they share"
-)]
-
 use anyhow::{Context as _, Result};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;

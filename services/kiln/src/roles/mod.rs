@@ -2,6 +2,7 @@
 
 pub(crate) mod builder;
 pub(crate) mod cache_warmer;
+pub(crate) mod credentials;
 pub(crate) mod engine;
 pub(crate) mod gateway;
 pub(crate) mod host;

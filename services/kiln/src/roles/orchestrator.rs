@@ -7,6 +7,7 @@ use kiln_orchestrator::{Parts, ROLE};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Role};
+use crate::roles::credentials;
 use crate::roles::host::Host;
 
 pub(crate) async fn run(
@@ -16,11 +17,13 @@ pub(crate) async fn run(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let bus = host.connect(config, ROLE).await?;
-    let metrics = host.registry(ROLE);
+    let mut metrics = host.registry(ROLE);
+    let installation = credentials::open(config, &mut metrics).await?;
     let life = host.life().to_owned();
     let parts = Parts {
         bus: bus.clone(),
         engine,
+        installation,
         open_key: config.open_key()?,
         life,
         lease: config.lease(),

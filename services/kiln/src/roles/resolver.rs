@@ -7,18 +7,25 @@ use kiln_resolver::{Parts, ROLE};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Role};
+use crate::roles::credentials;
 use crate::roles::host::Host;
 
 pub(crate) async fn run(host: &Host, config: &Config, stop: CancellationToken) -> anyhow::Result<()> {
     let bus = host.connect(config, ROLE).await?;
-    let metrics = host.registry(ROLE);
+    let mut metrics = host.registry(ROLE);
+    let installation = credentials::open(config, &mut metrics).await?;
     let section = config.resolver.clone().unwrap_or_default();
     let registry = OciRegistry::new(kiln_registry::Config {
         plain_http: section.plain_http.clone(),
         ..kiln_registry::Config::default()
     });
-    let parts =
-        Parts { bus: bus.clone(), registry: Arc::new(registry), open_key: config.open_key()?, metrics };
+    let parts = Parts {
+        bus: bus.clone(),
+        registry: Arc::new(registry),
+        installation,
+        open_key: config.open_key()?,
+        metrics,
+    };
     let ready = |metrics| host.ready(Role::Resolver, &bus, metrics);
     let ran = kiln_resolver::run(section, parts, ready, stop).await;
     bus.close().await;

@@ -142,6 +142,7 @@ impl Stage {
         let parts = Parts {
             bus: connect(url).await?,
             engine,
+            installation: Arc::default(),
             open_key: self.key.clone(),
             life: String::new(),
             lease,

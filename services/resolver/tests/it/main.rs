@@ -3,6 +3,7 @@
 #![cfg(test)]
 
 mod commits;
+mod credentials;
 mod front;
 mod http_git;
 mod images;

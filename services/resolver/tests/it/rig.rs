@@ -10,6 +10,7 @@ use kiln_contract::error::Refusal;
 use kiln_contract::question::Question;
 use kiln_contract::resolver::{FindImage, ResolveCommit, ResolveImage, ResolvedImage};
 use kiln_contract::secrets::{RegistryAuth, Secrets};
+use kiln_credentials::Installation;
 use kiln_registry::OciRegistry;
 use kiln_resolver::{Config, Parts, run};
 use kiln_testkit::nats::{NatsServer, run_server};
@@ -23,6 +24,7 @@ pub(crate) const WITHIN: Duration = Duration::from_secs(30);
 pub(crate) struct Rig {
     nats: NatsServer,
     seed: SecretString,
+    installation: Arc<Installation>,
     asking: Bus,
     running: JoinSet<()>,
     stop: Option<DropGuard>,
@@ -31,12 +33,18 @@ pub(crate) struct Rig {
 impl Rig {
     /// A bus, and one resolver.
     pub(crate) async fn new(config: Config) -> Self {
+        Self::of(config, Installation::default()).await
+    }
+
+    /// Of an installation that has credentials.
+    pub(crate) async fn of(config: Config, installation: Installation) -> Self {
         let nats = run_server().await.unwrap();
         let asking = connect(&nats).await;
         let small = Layout { journal_max_bytes: 1 << 20, logs_max_bytes: 1 << 20, ..Layout::default() };
         asking.provision(&small).await.unwrap();
         let seed = OpenKey::new_seed().unwrap();
-        let mut rig = Self { nats, seed, asking, running: JoinSet::new(), stop: None };
+        let installation = Arc::new(installation);
+        let mut rig = Self { nats, seed, installation, asking, running: JoinSet::new(), stop: None };
         rig.replace(config).await;
         rig
     }
@@ -48,6 +56,7 @@ impl Rig {
         let parts = Parts {
             bus: connect(&self.nats).await,
             registry: Arc::new(OciRegistry::default()),
+            installation: self.installation.clone(),
             open_key: self.open_key(),
             metrics: Default::default(),
         };
@@ -89,8 +98,15 @@ impl Rig {
         login: &str,
     ) -> Result<ResolvedImage, Refusal> {
         let credentials = [(registry.to_owned(), login.to_owned())].into();
-        let secrets =
-            Secrets { registry: RegistryAuth { credentials, ..Default::default() }, ..Default::default() };
+        self.image_with(reference, RegistryAuth { credentials, ..Default::default() }).await
+    }
+
+    pub(crate) async fn image_with(
+        &self,
+        reference: &str,
+        registry: RegistryAuth,
+    ) -> Result<ResolvedImage, Refusal> {
+        let secrets = Secrets { registry, ..Default::default() };
         let secrets = secrets::seal(&self.open_key().seal_key(), &secrets).unwrap();
         self.ask(&ResolveImage { reference: reference.into(), secrets, ..Default::default() }).await
     }

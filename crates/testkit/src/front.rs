@@ -1,9 +1,9 @@
-//! A registry front of a hundred lines: it answers as a test says, or hands a request on to a real registry, and
-//! remembers what it was asked and what it was shown.
+//! A front before a registry (or a token service, or what else speaks HTTP): it answers as a test says, or hands a request
+//! on to a real one, and remembers what it was asked and what it was shown.
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -11,25 +11,27 @@ use tokio::task::JoinSet;
 
 /// A request as it came.
 #[derive(Clone, Debug)]
-pub(crate) struct Asked {
-    pub(crate) method: String,
-    pub(crate) target: String,
-    pub(crate) headers: HashMap<String, String>,
-    pub(crate) body: Vec<u8>,
+pub struct Asked {
+    pub method: String,
+    pub target: String,
+    pub headers: HashMap<String, String>,
+    pub body: Vec<u8>,
 }
 
 impl Asked {
-    pub(crate) fn is(&self, method: &str, part: &str) -> bool {
+    /// Whether it is of that method, and its target contains `part`.
+    pub fn is(&self, method: &str, part: &str) -> bool {
         self.method == method && self.target.contains(part)
     }
 
-    pub(crate) fn authorization(&self) -> Option<&str> {
+    /// What it bore to say who asks.
+    pub fn authorization(&self) -> Option<&str> {
         self.headers.get("authorization").map(String::as_str)
     }
 }
 
 /// What to do with a request.
-pub(crate) enum Reply {
+pub enum Reply {
     Answer {
         status: u16,
         headers: Vec<(&'static str, String)>,
@@ -48,22 +50,22 @@ pub(crate) enum Reply {
 }
 
 impl Reply {
-    pub(crate) fn status(status: u16) -> Self {
+    pub fn status(status: u16) -> Self {
         Self::Answer { status, headers: Vec::new(), body: Vec::new() }
     }
 
-    pub(crate) fn json(body: impl Into<Vec<u8>>) -> Self {
+    pub fn json(body: impl Into<Vec<u8>>) -> Self {
         Self::status(200).header("content-type", "application/json").body(body)
     }
 
-    pub(crate) fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
+    pub fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
         if let Self::Answer { headers, .. } = &mut self {
             headers.push((name, value.into()));
         }
         self
     }
 
-    pub(crate) fn body(mut self, content: impl Into<Vec<u8>>) -> Self {
+    pub fn body(mut self, content: impl Into<Vec<u8>>) -> Self {
         if let Self::Answer { body, .. } = &mut self {
             *body = content.into();
         }
@@ -71,16 +73,18 @@ impl Reply {
     }
 }
 
-pub(crate) struct Front {
-    pub(crate) address: String,
+pub struct Front {
+    /// `127.0.0.1:port`.
+    pub address: String,
     asked: Arc<Mutex<Vec<Asked>>>,
     _accepting: JoinSet<()>,
 }
 
 impl Front {
-    pub(crate) async fn start(reply: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
+    /// On a free port of 127.0.0.1; gone on drop.
+    pub async fn start(reply: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> io::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let address = listener.local_addr()?.to_string();
         let asked = Arc::new(Mutex::new(Vec::new()));
         let (reply, log) = (Arc::new(reply), asked.clone());
         let mut accepting = JoinSet::new();
@@ -94,15 +98,16 @@ impl Front {
                 });
             }
         });
-        Self { address, asked, _accepting: accepting }
+        Ok(Self { address, asked, _accepting: accepting })
     }
 
     /// All requests so far.
-    pub(crate) fn asked(&self) -> Vec<Asked> {
-        self.asked.lock().unwrap().clone()
+    pub fn asked(&self) -> Vec<Asked> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    pub(crate) fn count(&self, method: &str, part: &str) -> usize {
+    /// How many requests [are](Asked::is) so.
+    pub fn count(&self, method: &str, part: &str) -> usize {
         self.asked().iter().filter(|asked| asked.is(method, part)).count()
     }
 }
@@ -122,7 +127,8 @@ async fn serve(
             return Ok(());
         }
     };
-    let text = String::from_utf8_lossy(&bytes[..head]).into_owned();
+    let mut body = bytes.split_off(head + 4);
+    let text = String::from_utf8_lossy(&bytes).into_owned();
     let mut lines = text.split("\r\n");
     let mut words = lines.next().unwrap_or_default().split(' ').map(str::to_owned);
     let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
@@ -131,7 +137,6 @@ async fn serve(
         .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
         .collect();
     let length: usize = headers.get("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
-    let mut body = bytes.split_off(head + 4);
     while body.len() < length {
         if stream.read_buf(&mut body).await? == 0 {
             return Ok(());
@@ -139,7 +144,7 @@ async fn serve(
     }
     let asked = Asked { method, target, headers, body };
     let reply = reply(&asked);
-    log.lock().unwrap().push(asked.clone());
+    log.lock().unwrap_or_else(PoisonError::into_inner).push(asked.clone());
     match reply {
         Reply::Answer { status, headers, body } => {
             let mut head =
