@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use kiln_proto::kiln_v1::builds_client::BuildsClient;
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 use tonic::transport::Channel;
@@ -15,6 +16,8 @@ use crate::nats::{self, NatsServer};
 use crate::registry::DockerRegistry;
 
 const SOON: Duration = Duration::from_secs(60);
+/// Shorter than a user's, so that a test of a take-over needn't wait for half a minute.
+const LEASE_SECONDS: u64 = 6;
 
 /// A fleet of role processes on this host. They are killed on drop.
 pub struct Fleet {
@@ -69,6 +72,7 @@ impl Fleet {
             .env("KILN_LOG_FORMAT", "text")
             .env("KILN_NATS__URL", self.nats.url())
             .env("KILN_SEAL__SEED", &self.seed)
+            .env("KILN_HOLDERS__LEASE_SECONDS", LEASE_SECONDS.to_string())
             .env("KILN_ENGINE__LOCAL__FOLDER", self.folder.path().join("engine"))
             .env("KILN_STREAMS__JOURNAL_MAX_BYTES", (256 << 20).to_string())
             .env("KILN_STREAMS__LOGS_MAX_BYTES", (256 << 20).to_string())
@@ -105,6 +109,40 @@ impl Fleet {
         let at = self.processes.iter().position(|process| process.role == role).context("no such process")?;
         self.processes.remove(at).child.kill().await?;
         Ok(())
+    }
+
+    /// SIGSTOP to the `nth` process of a role, from 0.
+    pub fn pause(&self, role: &str, nth: usize) -> Result<()> {
+        self.signal(role, nth, Signal::STOP)
+    }
+
+    /// SIGCONT, after [`Fleet::pause`].
+    pub fn resume(&self, role: &str, nth: usize) -> Result<()> {
+        self.signal(role, nth, Signal::CONT)
+    }
+
+    /// SIGTERM; the end is not waited for.
+    pub fn terminate(&self, role: &str, nth: usize) -> Result<()> {
+        self.signal(role, nth, Signal::TERM)
+    }
+
+    fn signal(&self, role: &str, nth: usize, signal: Signal) -> Result<()> {
+        let process = self.processes.iter().filter(|process| process.role == role).nth(nth);
+        let pid = process.and_then(|process| process.child.id()).context("no such process")?;
+        let pid = Pid::from_raw(i32::try_from(pid)?).context("a pid")?;
+        Ok(kill_process(pid, signal)?)
+    }
+
+    /// Waits until one of them has said this on standard error.
+    pub async fn said(&self, text: &str) -> Result<()> {
+        let said = async {
+            while !self.log().contains(text) {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::time::timeout(SOON, said)
+            .await
+            .with_context(|| format!("nobody says `{text}`: {}", self.log()))
     }
 
     /// What all of them said on standard error.
