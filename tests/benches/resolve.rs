@@ -60,7 +60,7 @@ async fn main() -> Result<()> {
     let seed = kiln_bus::seal::OpenKey::new_seed()?;
     let seed = secrecy::ExposeSecret::expose_secret(&seed);
     let fleet = Fleet::start(&program()?, &registry, seed, &["gateway", "resolver"]).await?;
-    let gateway = fleet.address("gateway")?;
+    let gateway = fleet.process("gateway", 0)?.grpc().to_string();
     let bare = bare_server().await?;
 
     let mut heads = heads(&references).await?;

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use kiln_proto::kiln_v1::builds_client::BuildsClient;
@@ -13,6 +14,10 @@ use tonic::transport::Channel;
 use crate::nats::{self, NatsServer};
 use crate::process::Process;
 use crate::registry::DockerRegistry;
+
+const SOON: Duration = Duration::from_secs(60);
+/// Shorter than a user's, so that a test of a take-over needn't wait for half a minute.
+const LEASE_SECONDS: u64 = 6;
 
 /// A fleet of role processes on this host. They are killed on drop.
 pub struct Fleet {
@@ -58,16 +63,12 @@ impl Fleet {
             engine: &self.folder.path().join("engine"),
         };
         let stderr = self.folder.path().join("stderr.log");
-        let mut process = Process::new(&self.program, role, &stderr, settings.environment())?;
+        let mut environment = settings.environment();
+        environment.push(("KILN_HOLDERS__LEASE_SECONDS".into(), LEASE_SECONDS.to_string()));
+        let mut process = Process::new(&self.program, role, &stderr, environment)?;
         process.start()?;
         self.processes.push(process);
         Ok(())
-    }
-
-    /// The gRPC address of the first process of a role.
-    pub fn address(&self, role: &str) -> Result<String> {
-        let process = self.processes.iter().find(|process| process.role == role);
-        Ok(process.with_context(|| format!("no {role} runs"))?.grpc().to_string())
     }
 
     /// A client of each gateway.
@@ -84,6 +85,23 @@ impl Fleet {
     pub async fn kill(&mut self, role: &str) -> Result<()> {
         let at = self.processes.iter().position(|process| process.role == role).context("no such process")?;
         self.processes.remove(at).kill().await
+    }
+
+    /// The `nth` process of a role, from 0.
+    pub fn process(&self, role: &str, nth: usize) -> Result<&Process> {
+        self.processes.iter().filter(|process| process.role == role).nth(nth).context("no such process")
+    }
+
+    /// Waits until one of them has said this on standard error.
+    pub async fn said(&self, text: &str) -> Result<()> {
+        let said = async {
+            while !self.log().contains(text) {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::time::timeout(SOON, said)
+            .await
+            .with_context(|| format!("nobody says `{text}`: {}", self.log()))
     }
 
     /// What all of them said on standard error.

@@ -107,9 +107,14 @@ impl Process {
         Ok(())
     }
 
+    /// SIGTERM; the end is not waited for.
+    pub fn ask_to_end(&self) -> Result<()> {
+        self.signal(Signal::TERM)
+    }
+
     /// SIGTERM, and waits for the end. One that doesn't end in time runs on.
     pub async fn terminate(&mut self, within: Duration) -> Result<ExitStatus> {
-        self.signal(Signal::TERM)?;
+        self.ask_to_end()?;
         let child = self.child.as_mut().context("it does not run")?;
         let ended = tokio::time::timeout(within, child.wait()).await;
         let ended = ended.with_context(|| format!("the {} does not end on SIGTERM", self.role))?;
