@@ -9,7 +9,7 @@ use kiln_bus::journal::{AppendError, Entry};
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::id::{BuildId, InstanceId};
 use kiln_domain::rank::rank;
-use kiln_domain::record::Record;
+use kiln_domain::record::{Record, State};
 use kiln_domain::run::Findings;
 use kiln_domain::transition::Change;
 use tokio::task::JoinSet;
@@ -77,7 +77,10 @@ impl Claims {
         let Some(me) = shared.holders.me().filter(|_| !stop.is_cancelled()) else { return SWEEP };
         let mut active = shared.view.active();
         self.let_go.retain(|id, known| shared.view.get(id).is_some_and(|entry| entry.sequence < *known));
-        active.retain(|entry| !self.let_go.contains_key(&entry.record.id));
+        active.retain(|entry| {
+            // Of a newer release's state this one knows no rule.
+            !self.let_go.contains_key(&entry.record.id) && entry.record.state != State::Unknown
+        });
         let (claimed, free): (Vec<_>, Vec<_>) = active
             .iter()
             .partition(|entry| entry.record.claimed_by.as_ref().is_some_and(|by| shared.holders.is_live(by)));
@@ -105,6 +108,8 @@ impl Claims {
         }
         let (queued, to_end_or_adopt): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) =
             free.into_iter().partition(|entry| needs_a_slot(&entry.record));
+        // What this release can't start is left to those that can.
+        let queued: Vec<_> = queued.into_iter().filter(|entry| entry.record.source.is_known()).collect();
         let slots = shared.config.slots.saturating_sub(self.names.len());
         let waiting: Vec<&Record> = queued.iter().map(|entry| &entry.record).collect();
         let running: Vec<&Record> = claimed.iter().map(|entry| &entry.record).collect();
