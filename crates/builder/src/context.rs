@@ -250,6 +250,7 @@ mod tests {
                 build_args: Default::default(),
                 target: String::new(),
                 platform: None,
+                unknown: Default::default(),
             };
             locate(&source, "0123456789abcdef", root.clone()).map_err(|failure| failure.message)
         };

@@ -112,7 +112,7 @@ impl Bus {
             Err(error) => Finding::problem(
                 "nats jetstream",
                 format!("it does not answer: {error}"),
-                "see the log of nats-server: JetStream ends when its disk is full or broken, and in a cluster it needs most servers",
+                "see the log of nats-server: JetStream ends when its disk is full or broken (make room, then restart nats-server), and in a cluster it needs most servers",
             ),
         });
         findings
@@ -128,13 +128,13 @@ impl Bus {
                     Finding::problem(
                         what,
                         "it is not there",
-                        "start a role, or `kiln up`: it makes what is missing; what it held is lost",
+                        "start a role, or `kiln up`: while one runs it makes what is missing; what the stream held is lost",
                     )
                 }
                 _ => Finding::problem(
                     what,
                     format!("the server says nothing of it: {error}"),
-                    "see the log of nats-server: a stream without a leader needs most of its servers",
+                    "see the log of nats-server: a stream without a leader needs most of its servers, and one that met a full disk a restart of nats-server",
                 ),
             }],
         }

@@ -75,6 +75,7 @@ mod tests {
             build_args: BTreeMap::new(),
             target: String::new(),
             platform: None,
+            unknown: BTreeMap::new(),
         }
     }
 
@@ -98,6 +99,7 @@ mod tests {
                     build_args: BTreeMap::new(),
                     target: String::new(),
                     platform: None,
+                    unknown: BTreeMap::new(),
                 };
                 base_ref(&text(&vector["base_image_repository"]), &source, &source.revision)
             } else {

@@ -24,9 +24,14 @@ pub enum State {
     Succeeded,
     Failed,
     Cancelled,
+    /// A state of a newer release. Only that one may change the build: [`crate::transition::apply`] refuses to.
+    #[serde(other)]
+    #[schemars(skip)]
+    Unknown,
 }
 
 impl State {
+    /// `false` also where it isn't known.
     pub fn is_terminal(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
@@ -38,6 +43,7 @@ impl State {
             Self::Succeeded => "SUCCEEDED",
             Self::Failed => "FAILED",
             Self::Cancelled => "CANCELLED",
+            Self::Unknown => "UNKNOWN",
         }
     }
 }

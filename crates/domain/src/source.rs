@@ -19,6 +19,21 @@ pub enum Source {
     /// An image that exists: the target becomes a copy of it.
     Image(ImageReference),
     Dockerfile(DockerfileSource),
+    /// A kind of a newer release, carried on as it is.
+    #[serde(untagged)]
+    #[schemars(skip)]
+    Unknown(serde_json::Value),
+}
+
+impl Source {
+    /// Whether this release knows all of it. Of what it doesn't it would make another image than was asked for.
+    pub fn is_known(&self) -> bool {
+        match self {
+            Self::Image(_) => true,
+            Self::Dockerfile(source) => source.unknown.is_empty(),
+            Self::Unknown(_) => false,
+        }
+    }
 }
 
 /// A Dockerfile in a git repository.
@@ -38,6 +53,10 @@ pub struct DockerfileSource {
     /// The stage to build; empty for the last one.
     pub target: String,
     pub platform: Option<Platform>,
+    /// What a newer release wrote here: carried on as it is.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: BTreeMap<String, serde_json::Value>,
 }
 
 impl DockerfileSource {

@@ -104,6 +104,8 @@ pub enum Illegal {
     Over { event: &'static str, state: State },
     #[error("`{event}` is for the holder, and that is not the one who tries")]
     NotHolder { event: &'static str },
+    #[error("`{event}` can't be appended by this release: the build's state is of a newer one")]
+    NewerState { event: &'static str },
     #[error("`{event}` can't be: {why}")]
     Refused { event: &'static str, why: &'static str },
 }
@@ -113,6 +115,7 @@ pub fn apply(before: Option<&Record>, change: &Change) -> Result<Record, Illegal
     let event = change.event();
     if let Change::Queued(new) = change {
         return match before {
+            Some(last) if last.state == State::Unknown => Err(Illegal::NewerState { event }),
             Some(last) if !last.state.is_terminal() => Err(Illegal::Active),
             Some(last) if last.id == new.id => Err(Illegal::Refused { event, why: "the id was used before" }),
             _ if !is_new(new) => {
@@ -122,6 +125,9 @@ pub fn apply(before: Option<&Record>, change: &Change) -> Result<Record, Illegal
         };
     }
     let before = before.ok_or(Illegal::NoBuild { event })?;
+    if before.state == State::Unknown {
+        return Err(Illegal::NewerState { event });
+    }
     if before.state.is_terminal() {
         return Err(Illegal::Over { event, state: before.state });
     }

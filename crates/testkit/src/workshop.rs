@@ -79,6 +79,7 @@ impl Workshop {
             build_args: BTreeMap::new(),
             target: String::new(),
             platform: None,
+            unknown: BTreeMap::new(),
         };
         change(&mut source);
         let base_ref = self.registry.reference(&format!("base:{}", self.next()))?;

@@ -91,6 +91,7 @@ pub(crate) fn state(state: State) -> api::BuildState {
         State::Succeeded => api::BuildState::Succeeded,
         State::Failed => api::BuildState::Failed,
         State::Cancelled => api::BuildState::Cancelled,
+        State::Unknown => api::BuildState::Unspecified,
     }
 }
 

@@ -39,6 +39,7 @@ pub(crate) fn source(source: Option<api::Source>, file_remotes: bool) -> Result<
                 build_args: dockerfile.build_args.into_iter().collect(),
                 target: dockerfile.target,
                 platform: platform(&dockerfile.platforms)?,
+                unknown: BTreeMap::new(),
             };
             source.check(file_remotes).map_err(|error| Status::invalid_argument(error.to_string()))?;
             check_text("source.dockerfile.git.username", &git.username)

@@ -14,7 +14,7 @@ use kiln_domain::limits;
 use kiln_domain::record::Record;
 use kiln_domain::reference::Digest;
 use kiln_domain::source::Source;
-use kiln_domain::transition::Change;
+use kiln_domain::transition::{Change, Illegal};
 
 use crate::Shared;
 use crate::identity::Identity;
@@ -88,6 +88,9 @@ impl Shared {
                 Ok(accepted) => return Ok(accepted),
                 // Somebody was first: mostly there is a build to join now. Or the stream was emptied under us.
                 Err(AppendError::Lost | AppendError::Gone) => {}
+                Err(AppendError::Illegal(error @ Illegal::NewerState { .. })) => {
+                    return Err(Refusal::new(Code::Unavailable, format!("{error}; ask again")));
+                }
                 Err(AppendError::Illegal(error)) => {
                     return Err(Refusal::new(Code::Internal, error.to_string()));
                 }
@@ -139,7 +142,7 @@ impl Shared {
         }
         // A base that is there need not be built again, unless that is what was asked for.
         let base_exists = match request.source {
-            Source::Image(_) => true,
+            Source::Image(_) | Source::Unknown(_) => true,
             Source::Dockerfile(_) if request.force || request.no_cache => false,
             Source::Dockerfile(_) => self.resolver.find(&image.base_ref).await?.is_some(),
         };

@@ -16,6 +16,7 @@ impl Held<'_> {
     /// Appends a change of ours. `false` if it came too late: then the tail is another, and all is to be decided anew.
     pub(crate) async fn append(&mut self, change: &Change) -> Result<bool, LetGo> {
         let mut change = change.clone();
+        let mut said = false;
         loop {
             // A holder that is asked to end may still append what it did.
             match self.check() {
@@ -63,7 +64,10 @@ impl Held<'_> {
                     tokio::time::sleep(ENGINE_PAUSE * 5).await;
                 }
                 Err(AppendError::Bus(error)) => {
-                    tracing::warn!(build.id = %self.record().id, "`{}` can't be appended now: {error}", change.event());
+                    // Once, not each second: it is tried until it succeeds.
+                    if !std::mem::replace(&mut said, true) {
+                        tracing::warn!(build.id = %self.record().id, "`{}` can't be appended now, trying on: {error}", change.event());
+                    }
                     tokio::time::sleep(ENGINE_PAUSE).await;
                 }
             }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use kiln_bus::journal::{AppendError, Entry};
 use kiln_domain::id::{BuildId, InstanceId};
 use kiln_domain::rank::rank;
-use kiln_domain::record::Record;
+use kiln_domain::record::{Record, State};
 use kiln_domain::run::Findings;
 use kiln_domain::transition::Change;
 use tokio::task::JoinSet;
@@ -75,7 +75,10 @@ impl Claims {
         let Some(me) = shared.holders.me().filter(|_| !stop.is_cancelled()) else { return SWEEP };
         let mut active = shared.view.active();
         self.let_go.retain(|id, known| shared.view.get(id).is_some_and(|entry| entry.sequence < *known));
-        active.retain(|entry| !self.let_go.contains_key(&entry.record.id));
+        active.retain(|entry| {
+            // Of a newer release's state this one knows no rule.
+            !self.let_go.contains_key(&entry.record.id) && entry.record.state != State::Unknown
+        });
         let (claimed, free): (Vec<_>, Vec<_>) = active
             .iter()
             .partition(|entry| entry.record.claimed_by.as_ref().is_some_and(|by| shared.holders.is_live(by)));
@@ -103,8 +106,11 @@ impl Claims {
         }
         let (mut queued, to_end_or_adopt): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) =
             free.into_iter().partition(|entry| needs_a_slot(&entry.record));
-        // One that can't be started for now keeps no other from its turn.
-        queued.retain(|entry| entry.record.not_before().is_none_or(|at| at <= now));
+        // One that can't be started for now keeps no other from its turn; what this release can't start is left to those
+        // that can.
+        queued.retain(|entry| {
+            entry.record.source.is_known() && entry.record.not_before().is_none_or(|at| at <= now)
+        });
         let slots = shared.config.slots.saturating_sub(self.names.len());
         let waiting: Vec<&Record> = queued.iter().map(|entry| &entry.record).collect();
         let running: Vec<&Record> = claimed.iter().map(|entry| &entry.record).collect();

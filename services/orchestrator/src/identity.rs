@@ -19,7 +19,15 @@ pub(crate) struct Identity {
 impl Shared {
     /// Asks what the source is right now, and names its image. A revision becomes its commit; an image its digest.
     pub(crate) async fn identify(&self, source: &Source, secrets: &Bytes) -> Result<Identity, Refusal> {
+        let newer = || {
+            let message = "source: is of a newer release than the orchestrator that was asked; ask again";
+            Refusal::new(Code::Unavailable, message)
+        };
+        if !source.is_known() {
+            return Err(newer());
+        }
         let (base_ref, commit) = match source {
+            Source::Unknown(_) => return Err(newer()),
             Source::Image(reference) => {
                 let pinned = self.resolver.pin(reference, secrets).await;
                 let named = |refusal: Refusal| Refusal {

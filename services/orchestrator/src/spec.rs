@@ -13,6 +13,9 @@ impl Held<'_> {
         let parse =
             |reference: &str| reference.parse().map_err(|error| format!("a record can't be read: {error}"));
         let base_ref = parse(&record.base_ref)?;
+        if !record.source.is_known() {
+            return Err("the build's source is of a newer release than this orchestrator".into());
+        }
         let work = match (&record.source, &record.commit) {
             (Source::Dockerfile(source), Some(commit)) if !record.base_exists => {
                 Work::Build { source: source.clone(), commit: commit.clone(), base_ref }

@@ -10,4 +10,5 @@ mod logs;
 mod parts;
 mod provision;
 mod trouble;
+mod versions;
 mod view;

@@ -300,7 +300,7 @@ fn agree(_: &Lifecycle, system: &System) -> bool {
     match record.state {
         State::Succeeded => record.digest == Some(digest(tag)),
         State::Failed | State::Cancelled => !system.registry.pushed,
-        State::Queued | State::Running => true,
+        State::Queued | State::Running | State::Unknown => true,
     }
 }
 
