@@ -34,11 +34,11 @@ bench-resolve:
     cargo build --release --locked -p kiln
     cargo bench --locked -p kiln-tests --bench resolve
 
-# Many builds while processes are killed, paused and cut off; then whether every promise was kept. Some 20 minutes.
+# Over a thousand builds while processes are killed, paused and cut off; then whether every promise was kept. Some 20 minutes.
 # KILN_CHAOS_SEED replays a plan; KILN_CHAOS_BUILDS, KILN_CHAOS_FAULTS and KILN_CHAOS_MINUTES say how much
 chaos:
     cargo build --release --locked -p kiln
-    KILN_CHAOS_BUILDS="${KILN_CHAOS_BUILDS:-1000}" KILN_CHAOS_FAULTS="${KILN_CHAOS_FAULTS:-220}" \
+    KILN_CHAOS_BUILDS="${KILN_CHAOS_BUILDS:-1400}" KILN_CHAOS_FAULTS="${KILN_CHAOS_FAULTS:-250}" \
     KILN_CHAOS_MINUTES="${KILN_CHAOS_MINUTES:-30}" \
         cargo test --release --locked -p kiln-tests --test it chaos::every_promise -- --nocapture
 

@@ -54,7 +54,7 @@ pub(crate) fn most_used<'a>(
 fn images(record: &Record) -> impl Iterator<Item = ImageReference> + '_ {
     let copied = match &record.source {
         Source::Image(image) => Some(image.clone()),
-        Source::Dockerfile(_) => None,
+        Source::Dockerfile(_) | Source::Unknown(_) => None,
     };
     copied.into_iter().chain(record.bases.iter().filter_map(|base| base.reference.parse().ok()))
 }

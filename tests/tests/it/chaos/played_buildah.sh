@@ -45,7 +45,8 @@ case "$verb" in
     host=${reference%%/*}
     named=${reference#*/}
     printf '%s' '@MANIFEST@' | sed "s/@CONTENT@/$(cat played)/" >manifest
-    # A request by hand: no other program need be there for it.
+    # A request by hand: no other program need be there for it. A connection that breaks is no end of this script.
+    trap '' PIPE
     if exec 3<>"/dev/tcp/${host%:*}/${host##*:}" && {
       printf 'PUT /v2/%s/manifests/%s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\nContent-Length: %d\r\n' \
         "${named%:*}" "${named##*:}" "$host" "$(wc -c <manifest)"
