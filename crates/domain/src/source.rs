@@ -37,7 +37,7 @@ impl Source {
 }
 
 /// A Dockerfile in a git repository.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DockerfileSource {
     /// A URL without credentials.
     pub remote_uri: String,

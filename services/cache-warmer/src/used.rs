@@ -76,13 +76,7 @@ mod tests {
     fn build(finished: Option<i64>, bases: &[&str]) -> Record {
         let source = Source::Dockerfile(DockerfileSource {
             remote_uri: "https://git.test/a.git".into(),
-            revision: String::new(),
-            path: String::new(),
-            context_path: String::new(),
-            version: String::new(),
-            build_args: BTreeMap::new(),
-            target: String::new(),
-            platform: None,
+            ..DockerfileSource::default()
         });
         let id = BuildId::new(&ImageKey::of("r/t:x"), [1; 10]);
         let bases = bases.iter().map(|text| Base { reference: (*text).into(), digest: None }).collect();

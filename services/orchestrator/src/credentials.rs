@@ -117,16 +117,8 @@ mod tests {
         let config = Config { docker_config: Some(path), ..Config::default() };
         let installation = Arc::new(Installation::open(&config, &mut Default::default()).await.unwrap());
 
-        let source = DockerfileSource {
-            remote_uri: "https://g.test/x".into(),
-            revision: String::new(),
-            path: String::new(),
-            context_path: String::new(),
-            version: String::new(),
-            build_args: BTreeMap::new(),
-            target: String::new(),
-            platform: None,
-        };
+        let source =
+            DockerfileSource { remote_uri: "https://g.test/x".into(), ..DockerfileSource::default() };
         let base_ref = "base.test/base:1".parse().unwrap();
         let build = spec(Work::Build { source, commit: "c".repeat(40), base_ref });
         let copy_of =

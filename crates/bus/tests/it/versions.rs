@@ -159,7 +159,7 @@ async fn story(bus: &Bus, key: &OpenKey) -> Result<()> {
         vec![join(), claim(&by), start(), succeed],
         vec![claim(&by), start(), lost(), start(), fail],
         vec![cancelled],
-        vec![claim(&by), Change::Released { by: by.clone() }],
+        vec![claim(&by), Change::Released { by: by.clone(), why: None }],
         vec![claim(&by), claim(&other), cancel()],
     ];
     for (n, changes) in (0u8..).zip(builds) {
