@@ -10,6 +10,11 @@ use crate::children::Finished;
 use crate::output::step_name;
 use crate::tool::ToolError;
 
+/// What buildah 1.28 says in its `chroot` isolation of a step whose own process was killed; it gives it exit status 1.
+const STEP_KILLED: &str = "subprocess exited on killed";
+/// SIGKILL.
+const KILLED: i32 = 9;
+
 /// A build that failed. `work` is cut out of the message; `exhausted` names the memory limit if one was hit meanwhile.
 pub(super) fn of_build(
     ended: &Finished,
@@ -26,14 +31,23 @@ pub(super) fn of_build(
     if let Some(at_step) = error.strip_prefix("building at STEP ") {
         // The step's own text comes first, and may say anything: an exit status is what stands last.
         let code = at_step.rsplit_once("exit status ").and_then(|(_, code)| code.trim().parse::<i32>().ok());
-        let killed = code == Some(137) || at_step.ends_with("signal: killed");
+        let killed = code == Some(137)
+            || at_step.ends_with("signal: killed")
+            || ended.tail.lines().any(|line| line == STEP_KILLED);
         let told = at_step.split_once("\": ").map_or(at_step, |(_, told)| told);
         return match (code, exhausted) {
             (_, Some(limit)) if killed => failed(
                 FailureReason::OutOfMemory,
                 format!("{named} was killed for its memory; what it ran into is {limit}"),
             ),
-            (Some(code), _) => {
+            // Something beneath it may have been: a compiler that `make` started.
+            (Some(code), Some(limit)) => failed(
+                FailureReason::Dockerfile,
+                format!(
+                    "{named} failed with exit code {code}; meanwhile a process was killed for its memory, and what it ran into is {limit}"
+                ),
+            ),
+            (Some(code), None) => {
                 failed(FailureReason::Dockerfile, format!("{named} failed with exit code {code}"))
             }
             (None, _) if told.contains("no space left on device") => {
@@ -43,7 +57,14 @@ pub(super) fn of_build(
         };
     }
     if error.is_empty() {
-        return failed(FailureReason::Internal, ended_oddly(ended));
+        return match exhausted.filter(|_| ended.status.signal() == Some(KILLED)) {
+            // The kernel chooses what it kills: here it was not the step, but the tool that runs it.
+            Some(limit) => failed(
+                FailureReason::OutOfMemory,
+                format!("buildah was killed for its memory at {named}; what it ran into is {limit}"),
+            ),
+            None => failed(FailureReason::Internal, ended_oddly(ended)),
+        };
     }
     match of_registry(&error) {
         Some(Registry::Missing) => {
@@ -210,7 +231,24 @@ mod tests {
                 "exit code 1",
             ),
             ("Error: building at STEP \"RUN make\": exit status 137", Some("8 MiB"), OutOfMemory, "8 MiB"),
-            ("Error: building at STEP \"RUN make\": exit status 1", Some("8 MiB"), Dockerfile, "exit code 1"),
+            (
+                "Error: building at STEP \"RUN make\": exit status 1",
+                Some("8 MiB"),
+                Dockerfile,
+                "exit code 1; meanwhile a process was killed for its memory, and what it ran into is 8 MiB",
+            ),
+            (
+                "subprocess exited on killed\nsubprocess exited with status 1\nError: building at STEP \"RUN x\": exit status 1",
+                Some("8 MiB"),
+                OutOfMemory,
+                "killed for its memory; what it ran into is 8 MiB",
+            ),
+            (
+                "subprocess exited on killed\nsubprocess exited with status 1\nError: building at STEP \"RUN x\": exit status 1",
+                None,
+                Dockerfile,
+                "exit code 1",
+            ),
             (
                 "Error: building at STEP \"RUN echo connect: connection refused\": exit status 3",
                 None,
@@ -250,6 +288,12 @@ mod tests {
                 "no such host",
             ),
             ("", None, Internal, "signal 9"),
+            (
+                "",
+                Some("8 MiB"),
+                OutOfMemory,
+                "buildah was killed for its memory at step 2/3 `RUN make`; what it ran into is 8 MiB",
+            ),
         ] {
             let ended = Finished { status: ExitStatus::from_raw(9), tail: tail.into() };
             let failure = of_build(&ended, "/w", Some(&step), exhausted.map(str::to_owned)).into_failure();

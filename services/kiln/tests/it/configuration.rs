@@ -40,6 +40,7 @@ fn every_problem_of_a_file_is_named_by_its_key() {
         "nats": {"url": "nats://kiln:hunter2@nats:4222"},
         "seal": {"seed": "SX", "seed_file": "/x"},
         "listen": {"grpc": "0.0.0.0:8080"},
+        "holders": {"lease_seconds": 31},
         "engine": {"local": {"folder": "srv"}},
         "orchestrator": {"slots": 0, "workspace_image_repository": "registry:5000/w:tag"}
     }"#;
@@ -52,6 +53,7 @@ fn every_problem_of_a_file_is_named_by_its_key() {
             "nats.url",
             "seal.seed_file",
             "seal.seed",
+            "holders.lease_seconds",
             "engine.local.folder",
             "resolver.git_at_once",
             "orchestrator.base_image_repository",
