@@ -1,7 +1,7 @@
 //! One connection of one process to NATS.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_nats::client::RequestErrorKind;
@@ -45,6 +45,8 @@ struct Errors {
     slow_consumer: AtomicU64,
     server: AtomicU64,
     disconnects: AtomicU64,
+    /// The connection is lost, which was said.
+    away: AtomicBool,
 }
 
 impl Connect {
@@ -104,16 +106,25 @@ impl Errors {
             }
             Event::Disconnected => {
                 self.disconnects.fetch_add(1, Ordering::Relaxed);
+                self.away.store(true, Ordering::Relaxed);
                 tracing::warn!("the connection to the bus is lost; connecting again");
             }
-            Event::Connected => tracing::info!("connected to the bus"),
+            Event::Connected => {
+                self.away.store(false, Ordering::Relaxed);
+                tracing::info!("connected to the bus");
+            }
             Event::ServerError(error) => {
                 self.server.fetch_add(1, Ordering::Relaxed);
                 tracing::error!("the bus refuses something that Kiln needs: {error}");
             }
             Event::ClientError(error) => {
                 self.server.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!("bus client: {error}");
+                // A try to connect again: one line said that it is tried.
+                if self.away.load(Ordering::Relaxed) {
+                    tracing::debug!("bus client: {error}");
+                } else {
+                    tracing::warn!("bus client: {error}");
+                }
             }
             Event::LameDuckMode | Event::Draining | Event::Closed => {}
         }

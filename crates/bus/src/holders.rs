@@ -315,9 +315,15 @@ impl Holders {
     }
 
     async fn keep_watching(&self) {
+        let mut said = false;
         loop {
+            let begun = Instant::now();
             if let Err(error) = self.watch_once().await {
-                tracing::warn!("the watch of the leases was cut off: {error}");
+                // Once for each cut, not for each try.
+                if !said || begun.elapsed() > LEASE {
+                    tracing::warn!("the watch of the leases was cut off, and is begun again: {error}");
+                }
+                said = true;
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
@@ -325,7 +331,8 @@ impl Holders {
 
     async fn watch_once(&self) -> Result<(), BusError> {
         let failed = |error: &dyn std::fmt::Display| BusError::unavailable("watch leases", error);
-        let mut watch = self.shared.store.watch_with_history(">").await.map_err(|error| failed(&error))?;
+        let begun = self.shared.store.watch_with_history(">");
+        let mut watch = self.shared.bus.call("watch leases", begun).await?;
         let mut seen = BTreeSet::new();
         let times_lost = self.shared.bus.times_lost();
         loop {

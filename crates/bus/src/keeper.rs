@@ -22,6 +22,9 @@ use crate::layout::{Layout, buckets, streams};
 
 /// How often it looks. A deletion is heard of at once, where the server lets us.
 const LOOK: Duration = Duration::from_secs(5);
+/// How soon it looks again at what was missing.
+const LOOK_AT_MISSING: Duration = Duration::from_secs(1);
+const MISSING: &str = "missing";
 /// The server answers within this long, or it counts as unreachable.
 const ANSWER: Duration = Duration::from_secs(2);
 /// What the server tells everybody when a stream, or a bucket's, is deleted.
@@ -88,7 +91,10 @@ impl Keeper {
                     None => std::future::pending().await,
                 }
             };
-            let _ = tokio::time::timeout(jittered(LOOK), told).await;
+            // What is missing may have refused to be made, as while the server still deletes it.
+            let missing = self.troubles.keys().any(|labels| labels.what == MISSING);
+            let pause = if missing { LOOK_AT_MISSING } else { LOOK };
+            let _ = tokio::time::timeout(jittered(pause), told).await;
         }
     }
 
@@ -115,11 +121,7 @@ impl Keeper {
                         Ok(()) => "it is made again, empty".to_owned(),
                         Err(error) => format!("it can't be made again now: {error}"),
                     };
-                    note(
-                        &name,
-                        "missing",
-                        format!("somebody deleted it, and what it held is lost: {became}"),
-                    );
+                    note(&name, MISSING, format!("somebody deleted it, and what it held is lost: {became}"));
                     continue;
                 }
                 Ok(Err(error)) => {

@@ -93,6 +93,14 @@ async fn every_role_runs_alone_and_ends_when_asked() {
         eventually(&format!("{name}: ready again"), || role.is_ready().then_some(()));
     }
 
+    // Each looks after the streams: whoever sees it first makes it again.
+    nats.delete_stream("KILN_LOGS").await.expect("deleted");
+    eventually("a role says that a stream was missing", || {
+        let line = "kiln_bus_troubles_total{part=\"KILN_LOGS\",what=\"missing\"} 1";
+        roles.iter().any(|role| get(role.metrics, "/metrics").contains(line)).then_some(())
+    });
+    nats.delete_stream("KILN_LOGS").await.expect("it is there again");
+
     // Half of them while the bus is there, half of them when it is away: nobody waits for it at the end.
     for (at, (name, role)) in names.iter().zip(&mut roles).enumerate() {
         if at == names.len() / 2 {

@@ -205,3 +205,25 @@ async fn the_builder_of_a_build_that_the_journal_lost_is_ended() -> Result<()> {
     stage.until(&again.id, |entry| entry.record.state == State::Succeeded).await?;
     Ok(())
 }
+
+#[tokio::test]
+async fn a_full_journal_refuses_new_builds_by_its_name_and_lets_running_ones_end() -> Result<()> {
+    let stage = Stage::set().await?;
+    let _orchestrator = stage.orchestrator(config()).await?;
+    let build = stage.begin("x", |_| {}).await?;
+    stage.until(&build.id, |entry| entry.record.state == State::Running).await?;
+    stage.limit_journal(8 << 20).await?;
+    let refused = stage.ask("y", |_| {}).await.err().context("it was taken")?;
+    ensure!(refused.code == Code::Unavailable, "{refused:?}");
+    for part in ["KILN_BUILDS", "8388608", "streams.journal_max_bytes"] {
+        ensure!(refused.message.contains(part), "{part} is missing in `{refused}`");
+    }
+    // Who asks for the image that is being built joins it all the same.
+    ensure!(stage.ask("x", |_| {}).await?.joined);
+    stage.succeed(&build, &Digest::of(b"image"));
+    stage.until(&build.id, |entry| entry.record.state == State::Succeeded).await?;
+    // With more room all is as before.
+    stage.limit_journal(256 << 20).await?;
+    stage.begin("y", |_| {}).await?;
+    Ok(())
+}

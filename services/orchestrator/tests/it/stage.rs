@@ -180,6 +180,11 @@ impl Stage {
         Ok(self.bus.provision(&layout(JOURNAL_MAX_BYTES)).await?)
     }
 
+    /// The journal is to hold no more than so many bytes.
+    pub(crate) async fn limit_journal(&self, journal_max_bytes: i64) -> Result<()> {
+        Ok(self.bus.provision(&Layout { journal_max_bytes, ..layout() }).await?)
+    }
+
     /// Asks for a build and gives its record.
     pub(crate) async fn begin(&self, image: &str, change: impl FnOnce(&mut Build)) -> Result<Record> {
         Ok(self.ask(image, change).await?.build.context("a build")?.record()?)
