@@ -9,11 +9,12 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use serde_json::Value;
 use tempfile::TempDir;
+use tokio::net::TcpStream;
 
 use crate::fleet::free_ports;
 
 /// How long a server may take to listen.
-const START: Duration = Duration::from_secs(20);
+const START: Duration = Duration::from_secs(60);
 /// How long a cluster may take to have a leader.
 const ELECTION: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(2);
@@ -220,17 +221,22 @@ impl NatsServer {
         config
     }
 
-    fn log(&self) -> PathBuf {
+    /// The file that it logs to.
+    pub fn log(&self) -> PathBuf {
         self.folder.path().join("log")
     }
 
-    /// Waits for the file in which the server tells its ports.
+    /// Waits until it listens: on its port, or, as long as that isn't known, by the file in which the server tells its ports.
+    /// (It writes none when it needs more than five seconds until it is ready.)
     async fn listening(&mut self) -> Result<()> {
         let listening = async {
             loop {
                 if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().transpose()) {
                     let log = std::fs::read_to_string(self.log()).unwrap_or_default();
                     bail!("the nats-server ended at its start ({}): {log}", status?);
+                }
+                if self.port != 0 && TcpStream::connect(("127.0.0.1", self.port)).await.is_ok() {
+                    return Ok(self.port);
                 }
                 if let Some(port) = self.told_port()? {
                     return Ok(port);

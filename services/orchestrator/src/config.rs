@@ -32,7 +32,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             slots: 4,
-            max_queued: 1_000,
+            max_queued: 400,
             max_running_per_owner: 100,
             base_image_repository: String::new(),
             workspace_image_repository: String::new(),

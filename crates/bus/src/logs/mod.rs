@@ -35,6 +35,7 @@ use self::replay::Batches;
 use crate::connection::Bus;
 use crate::error::BusError;
 use crate::journal::jittered;
+use crate::secrets::SecretsBucket;
 
 /// Bytes of a chunk. A relay's own line may come on top.
 pub const CHUNK_BYTES: usize = 64 * 1024;
@@ -129,6 +130,12 @@ impl Logs {
         let (stream, subject) = (self.stream().await?, subject::log(id));
         let found = self.shared.bus.attend(READ, stream.get_last_raw_message_by_subject(&subject)).await?;
         Ok(message_of(found)?.map(|(message, _)| message.tail()))
+    }
+
+    /// Whether the build isn't cleaned up yet: before that its log is completed, so it is there or to come.
+    async fn is_to_come(&self, id: &BuildId) -> Result<bool, BusError> {
+        let secrets = SecretsBucket::open(&self.shared.bus).await?;
+        Ok(secrets.get(id).await?.is_some())
     }
 
     /// The first message at or after a sequence, from the stream's leader.

@@ -43,15 +43,15 @@ pub enum Until {
     Complete { over: CancellationToken },
 }
 
-/// A build is over and there is no log at all: after this long nobody will write one.
-const NO_LOG: Duration = Duration::from_secs(30);
+/// A build is over and there is no log at all: so often it is asked whether one is still to come.
+const NO_LOG: Duration = Duration::from_secs(3);
 
 impl Logs {
     /// Reads a build's log from `start` until `until`. Nothing is read ahead by more than a batch: who takes slowly slows
     /// nobody else.
     ///
     /// A log that is not begun yet is waited for by [`Until::Complete`] (whether the build exists is the caller's to
-    /// know) and [`LogError::NotFound`] for [`Until::Now`]. An offset that retention has discarded is
+    /// know; of one that is over, as long as it isn't cleaned up) and [`LogError::NotFound`] for [`Until::Now`]. An offset that retention has discarded is
     /// [`LogError::Discarded`], also one that it discards while this reads. A bus that is away is waited for, half a minute.
     pub fn read(
         &self,
@@ -204,7 +204,14 @@ impl Reader {
                 self.give_up = Some(Instant::now() + NO_LOG);
                 follower.check();
             }
-            () = too_late => return Err(LogError::NotFound { id: self.id.clone() }),
+            () = too_late => {
+                // As long as nobody has cleaned up after the build, its log is to be completed, be the bus as slow as it may.
+                if !patiently(|| self.logs.is_to_come(&self.id)).await? {
+                    return Err(LogError::NotFound { id: self.id.clone() });
+                }
+                self.give_up = Some(Instant::now() + NO_LOG);
+                follower.check();
+            }
         }
         Ok(())
     }

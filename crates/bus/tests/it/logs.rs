@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _};
 use kiln_bus::layout::Layout;
 use kiln_bus::logs::{AppendError, CHUNK_BYTES, Extent, LogError, LogWriter, Logs, Source, Start, Until};
+use kiln_bus::secrets::SecretsBucket;
 use kiln_bus::{Bus, Connect};
 use kiln_contract::subject;
 use kiln_domain::engine::Cursor;
@@ -408,6 +409,30 @@ async fn what_is_not_there_is_said() -> Result<()> {
     // A process that read it a moment ago may still hold what is gone.
     let other = Logs::new(&bus);
     assert_eq!(read(&other, &id, Start::Beginning, Until::Now).await?, (13, b"def".to_vec(), false));
+    Ok(())
+}
+
+/// The relays may be late, as while the stream has no leader: the answer must not be that there is no log.
+#[tokio::test]
+async fn a_log_is_waited_for_until_its_build_is_cleaned_up() -> Result<()> {
+    let server = run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let (logs, secrets, id) = (Logs::new(&bus), SecretsBucket::open(&bus).await?, build(1));
+    secrets.put(&id, "sealed".into()).await?;
+    let until = to_the_end();
+    let Until::Complete { over } = &until else { bail!("it follows") };
+    over.cancel();
+    let reading = read(&logs, &id, Start::Beginning, until.clone());
+    tokio::pin!(reading);
+    // Longer than what is given to a log that nobody will write.
+    let early = tokio::time::timeout(Duration::from_secs(5), &mut reading).await;
+    assert!(early.is_err(), "{early:?}");
+    let mut writer = logs.claim(&id, &instance(1), None).await?;
+    complete(&mut writer).await?;
+    assert_eq!(reading.await?, (0, Vec::new(), true));
+
+    let none = read(&logs, &build(2), Start::Beginning, until).await.map_err(|error| error.downcast());
+    assert!(matches!(none, Err(Ok(LogError::NotFound { .. }))), "{none:?}");
     Ok(())
 }
 

@@ -74,11 +74,13 @@ async fn run(settings: &Settings, folder: &Path) -> Result<()> {
         problems.extend(evidence.problems().await?);
         anyhow::Ok(problems.iter().map(|problem| evidence.report(problem)).collect::<Vec<_>>())
     };
-    let mut wrong = tokio::select! {
-        wrong = storm => wrong?,
-        () = world.keep_up() => Vec::new(),
-        () = outputs.keep() => Vec::new(),
+    let wrong = tokio::select! {
+        wrong = storm => wrong,
+        () = world.keep_up() => Ok(Vec::new()),
+        () = outputs.keep() => Ok(Vec::new()),
     };
+    world.keep_logs().await?;
+    let mut wrong = wrong?;
     wrong.append(&mut *world.fallen.lock().expect("nobody panics with it"));
     wrong.extend(world.end().await?);
     eprintln!("chaos: over after {:?}, {} problems", since.elapsed(), wrong.len());

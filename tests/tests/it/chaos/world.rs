@@ -213,6 +213,15 @@ impl World {
         Ok(())
     }
 
+    /// Puts what the NATS servers said beside what the roles said.
+    pub(super) async fn keep_logs(&self) -> Result<()> {
+        for node in &self.nodes {
+            let node = node.lock().await;
+            std::fs::copy(node.log(), self.folder.join(format!("{}.log", node.name())))?;
+        }
+        Ok(())
+    }
+
     /// Ends every role as an operator would; what didn't end well.
     pub(super) async fn end(&self) -> Result<Vec<String>> {
         let ended = self.roles.iter().map(|role| async {
