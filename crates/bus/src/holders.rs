@@ -320,7 +320,7 @@ impl Holders {
             let begun = Instant::now();
             if let Err(error) = self.watch_once().await {
                 // Once for each cut, not for each try.
-                if !said || begun.elapsed() > LEASE {
+                if !said || begun.elapsed() > self.shared.lease.ttl() {
                     tracing::warn!("the watch of the leases was cut off, and is begun again: {error}");
                 }
                 said = true;

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 pub struct Config {
     /// Builds that this process runs at once.
     pub slots: usize,
-    /// Builds that may wait; a further one is refused (RESOURCE_EXHAUSTED).
+    /// Builds that may wait; a further one is refused (RESOURCE_EXHAUSTED). The journal keeps room for the end of each: more need a
+    /// larger `streams.journal_max_bytes`, of 9 MiB for each.
     pub max_queued: usize,
     /// Builds of one owner that run at once. It may be passed by one or two for a moment, when orchestrators race.
     pub max_running_per_owner: usize,

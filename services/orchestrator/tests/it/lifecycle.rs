@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use jiff::Timestamp;
+use kiln_contract::error::Code;
 use kiln_domain::engine::Engine as _;
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::id::RunId;

@@ -182,7 +182,7 @@ impl Stage {
 
     /// The journal is to hold no more than so many bytes.
     pub(crate) async fn limit_journal(&self, journal_max_bytes: i64) -> Result<()> {
-        Ok(self.bus.provision(&Layout { journal_max_bytes, ..layout() }).await?)
+        Ok(self.bus.provision(&layout(journal_max_bytes)).await?)
     }
 
     /// Asks for a build and gives its record.
