@@ -2,3 +2,4 @@
 
 mod bed;
 mod http_log;
+mod steps;
