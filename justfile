@@ -29,6 +29,11 @@ bench-dispatch:
     cargo build --release --locked -p kiln
     cargo bench --locked -p kiln-tests --bench dispatch
 
+# What logs cost: ingest, delay, fan-out, followers, replay (BENCH_SCALE=0.1 for a quick look)
+bench-logs:
+    cargo build --release --locked -p kiln
+    cargo bench --locked -p kiln-tests --bench logs
+
 # Remove what compiling left
 clean:
     cargo clean

@@ -90,6 +90,16 @@ impl Fleet {
         Ok(())
     }
 
+    /// The first process of a role.
+    pub fn process(&self, role: &str) -> Result<&Process> {
+        self.processes.iter().find(|process| process.role == role).with_context(|| format!("no {role}"))
+    }
+
+    /// The local engine's folder of runs.
+    pub fn runs(&self) -> PathBuf {
+        self.folder.path().join("engine/runs")
+    }
+
     /// A client of each gateway.
     pub async fn clients(&self) -> Result<Vec<BuildsClient<Channel>>> {
         let mut clients = Vec::new();
@@ -129,6 +139,15 @@ pub fn free_addresses<const N: usize>() -> Result<[SocketAddr; N]> {
 }
 
 impl Process {
+    /// Where a gateway listens.
+    pub fn grpc(&self) -> SocketAddr {
+        self.grpc
+    }
+
+    pub fn pid(&self) -> Result<u32> {
+        self.child.id().with_context(|| format!("the {} has ended", self.role))
+    }
+
     async fn ready(&self) -> Result<()> {
         let url = format!("http://{}/ready", self.health);
         let ready = async {

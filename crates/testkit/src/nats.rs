@@ -98,6 +98,10 @@ impl NatsServer {
         format!("127.0.0.1:{}", self.port)
     }
 
+    pub fn pid(&self) -> Result<u32> {
+        Ok(self.child.as_ref().context("the nats-server does not run")?.id())
+    }
+
     /// Where its streams lie.
     pub fn store(&self) -> PathBuf {
         self.folder.path().join("store")

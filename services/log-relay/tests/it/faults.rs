@@ -212,7 +212,7 @@ async fn compare(logs: Logs, id: BuildId, expected: Arc<Vec<u8>>, hurry: Cancell
 async fn readers_that_crawl_slow_nobody_and_take_no_memory() -> Result<()> {
     const READERS: usize = 50;
     #[expect(clippy::disallowed_methods, reason = "how a person asks for a longer run of this test")]
-    let mib: usize = std::env::var("KILN_TEST_LOG_MIB").map_or(Ok(20), |mib| mib.parse())?;
+    let mib: usize = std::env::var("TEST_LOG_MIB").map_or(Ok(20), |mib| mib.parse())?;
     let mut output = vec![0; mib << 20];
     SmallRng::seed_from_u64(3).fill_bytes(&mut output);
     let output = Arc::new(output);
