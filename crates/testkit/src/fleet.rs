@@ -71,6 +71,11 @@ impl Fleet {
         Ok(())
     }
 
+    /// The local engine's folder of runs.
+    pub fn runs(&self) -> PathBuf {
+        self.folder.path().join("engine/runs")
+    }
+
     /// A client of each gateway.
     pub async fn clients(&self) -> Result<Vec<BuildsClient<Channel>>> {
         let mut clients = Vec::new();

@@ -1,6 +1,7 @@
 //! What tests are made with: a real nats-server and a real registry per test, a wire that can be cut, and fakes for
 //! ports.
 
+pub mod bare;
 pub mod engine;
 pub mod engine_conformance;
 pub mod fleet;

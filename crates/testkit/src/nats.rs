@@ -124,6 +124,10 @@ impl NatsServer {
         &self.name
     }
 
+    pub fn pid(&self) -> Result<Pid> {
+        self.child.as_ref().map(Pid::from_child).context("the nats-server does not run")
+    }
+
     /// Where its streams lie.
     pub fn store(&self) -> PathBuf {
         self.folder.path().join("store")
@@ -176,10 +180,6 @@ impl NatsServer {
 
     fn signal(&self, signal: Signal) -> Result<()> {
         kill_process(self.pid()?, signal).context("signal the nats-server")
-    }
-
-    fn pid(&self) -> Result<Pid> {
-        self.child.as_ref().map(Pid::from_child).context("the nats-server does not run")
     }
 
     fn launch(&mut self) -> Result<()> {

@@ -142,10 +142,13 @@ impl Process {
         Ok(status)
     }
 
+    pub fn pid(&self) -> Result<Pid> {
+        let pid = self.child.as_ref().and_then(Child::id);
+        let pid = pid.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+        pid.with_context(|| format!("the {} does not run", self.role))
+    }
+
     fn signal(&self, signal: Signal) -> Result<()> {
-        let pid =
-            self.child.as_ref().and_then(Child::id).and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
-        let pid = pid.with_context(|| format!("the {} does not run", self.role))?;
-        kill_process(pid, signal).with_context(|| format!("signal the {}", self.role))
+        kill_process(self.pid()?, signal).with_context(|| format!("signal the {}", self.role))
     }
 }

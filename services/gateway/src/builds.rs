@@ -4,7 +4,7 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt as _};
+use futures::{Stream, StreamExt as _, stream};
 use kiln_bus::Bus;
 use kiln_bus::journal::{Entry, Journal};
 use kiln_bus::logs::Start;
@@ -36,6 +36,9 @@ use crate::{convert, request, status};
 const PATIENCE: Duration = Duration::from_secs(50);
 /// How long a call waits until the gateway's own view has what the answer says.
 pub(crate) const OWN_VIEW: Duration = Duration::from_secs(1);
+
+/// Running builds of a page whose steps are asked for at once, where no step was told since this gateway began.
+const STEPS_AT_ONCE: usize = 32;
 
 /// The service behind `kiln.v1.Builds`.
 pub(crate) struct BuildsApi {
@@ -130,10 +133,8 @@ impl Builds for BuildsApi {
                     Some((place, _)) if more => query.token(*place),
                     _ => String::new(),
                 };
-                let builds = found
-                    .iter()
-                    .map(|(_, entry)| convert::build(entry, self.queue.ahead(entry), None))
-                    .collect();
+                let shown = found.into_iter().map(async |(_, entry)| self.shown(&entry).await);
+                let builds = stream::iter(shown).buffered(STEPS_AT_ONCE).collect().await;
                 Ok(api::ListBuildsResponse { builds, next_page_token })
             })
             .await

@@ -11,8 +11,10 @@ use kiln_bus::layout::Layout;
 use kiln_bus::logs::{LogWriter, Logs, Source};
 use kiln_bus::seal::OpenKey;
 use kiln_bus::{Bus, Connect};
-use kiln_domain::engine::Cursor;
+use kiln_contract::event::Progress;
+use kiln_domain::engine::{Cursor, Handle};
 use kiln_domain::id::{BuildId, InstanceId};
+use kiln_domain::step::Step;
 use kiln_domain::transition::Change;
 use kiln_gateway::{Config, Parts};
 use kiln_proto::kiln_v1::WatchBuildRequest;
@@ -24,6 +26,7 @@ use reqwest::{Client, RequestBuilder};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
 
 pub(crate) const LONG: Duration = Duration::from_secs(60);
 
@@ -34,7 +37,7 @@ pub(crate) struct Bed {
     bus: Bus,
     metrics: Arc<Mutex<Registry>>,
     gateway: JoinSet<Result<()>>,
-    _server: NatsServer,
+    server: Arc<NatsServer>,
 }
 
 /// A build that waits, and the writer of its log.
@@ -49,8 +52,7 @@ pub(crate) struct Play {
 impl Bed {
     pub(crate) async fn new() -> Result<Self> {
         let server = run_server().await?;
-        let connect = Connect { url: server.url(), user: None, password: None, name: "test".into() };
-        let bus = connect.connect().await?;
+        let bus = connect(&server.url()).await?;
         let layout = Layout {
             replicas: 1,
             journal_max_bytes: 64 << 20,
@@ -58,10 +60,21 @@ impl Bed {
             logs_max_age: Duration::from_secs(3600),
         };
         bus.provision(&layout).await?;
+        Self::on(Arc::new(server)).await
+    }
+
+    /// Another gateway on the same bus.
+    pub(crate) async fn beside(other: &Self) -> Result<Self> {
+        Self::on(other.server.clone()).await
+    }
+
+    async fn on(server: Arc<NatsServer>) -> Result<Self> {
+        let bus = connect(&server.url()).await?;
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let (address, stop) = (listener.local_addr()?, CancellationToken::new());
         let seal_key = OpenKey::from_seed(OpenKey::new_seed()?)?.seal_key();
-        let parts = Parts { bus: connect.connect().await?, seal_key, listener, metrics: Registry::default() };
+        let parts =
+            Parts { bus: connect(&server.url()).await?, seal_key, listener, metrics: Registry::default() };
         let (is_ready, ready) = tokio::sync::oneshot::channel();
         let mut gateway = JoinSet::new();
         let stopped = stop.clone();
@@ -74,7 +87,7 @@ impl Bed {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::builder().no_proxy().build()?;
         let metrics = Arc::new(Mutex::new(metrics));
-        Ok(Self { address, stop, client, bus, metrics, gateway, _server: server })
+        Ok(Self { address, stop, client, bus, metrics, gateway, server })
     }
 
     pub(crate) async fn build(&self, number: u8) -> Result<Play> {
@@ -117,9 +130,13 @@ impl Bed {
         tokio::time::timeout(LONG, waiting).await.with_context(|| format!("{:?} readers", self.readers()))?
     }
 
+    pub(crate) async fn client(&self) -> Result<BuildsClient<Channel>> {
+        Ok(BuildsClient::connect(format!("http://{}", self.address)).await?)
+    }
+
     /// Waits until the gateway's view has a build's end.
     pub(crate) async fn until_over(&self, id: &BuildId) -> Result<()> {
-        let mut client = BuildsClient::connect(format!("http://{}", self.address)).await?;
+        let mut client = self.client().await?;
         let request = WatchBuildRequest { id: id.to_string() };
         let mut builds = client.watch_build(request).await?.into_inner();
         let over = async {
@@ -149,6 +166,21 @@ impl Play {
         self.append(bytes.into(), false).await
     }
 
+    /// Its builder runs.
+    pub(crate) async fn start(&mut self) -> Result<()> {
+        let by = InstanceId::new("orchestrator", 1)?;
+        self.change(Change::Claimed { by: by.clone() }).await?;
+        self.change(Change::Started { by, handle: Handle::new("a run"), engine: "fake".into() }).await
+    }
+
+    /// Its builder has come to a step.
+    pub(crate) async fn step(&self, number: u32, of: u32) -> Result<()> {
+        let started_at = jiff::Timestamp::UNIX_EPOCH;
+        let name = format!("RUN step-{number}");
+        let step = Step { number, of, name, started_at, duration_ms: None, cached: false };
+        Ok(self.logs.publish_progress(&self.id, &Progress { attempt: 1, step }).await?)
+    }
+
     /// The build is over, and then its log is complete.
     pub(crate) async fn end(&mut self) -> Result<()> {
         self.cancel().await?;
@@ -157,7 +189,10 @@ impl Play {
 
     /// The build is over; of its log nothing is said.
     pub(crate) async fn cancel(&mut self) -> Result<()> {
-        let change = Change::Cancelled { by: None, findings: Default::default() };
+        self.change(Change::Cancelled { by: None, findings: Default::default() }).await
+    }
+
+    async fn change(&mut self, change: Change) -> Result<()> {
         let by = InstanceId::new("orchestrator", 1)?;
         self.entry = self.journal.append(Some(&self.entry), &change, &by).await?;
         Ok(())
@@ -172,4 +207,9 @@ impl Play {
         let source = Source { attempt: 1, cursor: Cursor::new(position.to_string()) };
         Ok(writer.append(bytes, source, complete).await?)
     }
+}
+
+async fn connect(url: &str) -> Result<Bus> {
+    let connect = Connect { url: url.into(), user: None, password: None, name: "test".into() };
+    Ok(connect.connect().await?)
 }

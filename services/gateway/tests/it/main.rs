@@ -7,3 +7,4 @@ mod bed;
 mod bus_away;
 mod desk;
 mod http_log;
+mod steps;

@@ -1,16 +1,17 @@
 //! A build's progress: one line in words, and the line that stands below the log on a terminal.
 
 use std::io::IsTerminal as _;
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
-use kiln_proto::kiln_v1::{Build, BuildState};
+use kiln_proto::kiln_v1::{Build, BuildState, Step};
 
 use super::json::state_word;
 use super::output::{printable, say_raw};
 use super::time::{self, between, duration, timestamp};
 
-/// `queued · 3 ahead · 12s`, `step 3/7 · RUN apt-get update · 12s (1m04s in all)`.
+/// `queued · 3 ahead · 12s`, `[##--------] step 3/7 · RUN apt-get update · 12s (1m04s in all)`.
 pub(super) fn line(build: &Build, now: Timestamp) -> String {
     let mut line = match build.state() {
         BuildState::Queued => {
@@ -32,15 +33,32 @@ pub(super) fn line(build: &Build, now: Timestamp) -> String {
     line
 }
 
+/// `[####------]`: how many of the steps are done. None where it isn't known how many there are.
+pub(super) fn bar(step: &Step) -> Option<String> {
+    const WIDTH: u32 = 10;
+    let before = u64::from(step.number.saturating_sub(1).min(step.of));
+    let done = (before * u64::from(WIDTH)).checked_div(u64::from(step.of))?;
+    let cells: String = (0..u64::from(WIDTH)).map(|cell| if cell < done { '#' } else { '-' }).collect();
+    Some(format!("[{cells}]"))
+}
+
+/// How long a step has run.
+pub(super) fn elapsed(step: &Step, now: Timestamp) -> Option<Duration> {
+    let at = step.started_at.as_ref().and_then(|at| timestamp(at.seconds, at.nanos))?;
+    Some(between(at, now))
+}
+
 fn running(build: &Build, now: Timestamp) -> String {
     let whole = time::run_time(build, now).map(duration);
     let Some(step) = &build.current_step else {
         return whole.map_or_else(|| "running".into(), |whole| format!("running · {whole}"));
     };
-    let of = if step.of > 0 { format!("/{}", step.of) } else { String::new() };
-    let mut line = format!("step {}{of} · {}", step.number, printable(&step.name));
-    if let Some(at) = step.started_at.as_ref().and_then(|at| timestamp(at.seconds, at.nanos)) {
-        line.push_str(&format!(" · {}", duration(between(at, now))));
+    let mut line = match bar(step) {
+        Some(bar) => format!("{bar} step {}/{} · {}", step.number, step.of, printable(&step.name)),
+        None => format!("step {} · {}", step.number, printable(&step.name)),
+    };
+    if let Some(elapsed) = elapsed(step, now) {
+        line.push_str(&format!(" · {}", duration(elapsed)));
     }
     if let Some(whole) = whole {
         line.push_str(&format!(" ({whole} in all)"));
@@ -116,9 +134,25 @@ impl StatusLine {
 
 #[cfg(test)]
 mod tests {
-    use kiln_proto::kiln_v1::Step;
-
     use super::*;
+
+    #[test]
+    fn a_bar_shows_the_steps_that_are_done() {
+        for (number, of, expected) in [
+            (1, 7, Some("[----------]")),
+            (7, 7, Some("[########--]")),
+            (2, 2, Some("[#####-----]")),
+            (1, 1, Some("[----------]")),
+            // A tool that counts otherwise.
+            (9, 2, Some("[##########]")),
+            (0, 3, Some("[----------]")),
+            (u32::MAX, u32::MAX, Some("[#########-]")),
+            (3, 0, None),
+        ] {
+            let step = Step { number, of, ..Step::default() };
+            assert_eq!(bar(&step).as_deref(), expected, "{number}/{of}");
+        }
+    }
 
     #[test]
     fn a_line_says_where_a_build_is() {
@@ -140,7 +174,7 @@ mod tests {
             (Build { queue_position: 0, ..queued }, "queued · 1m15s"),
             (Build { attempt: 2, ..running.clone() }, "running · 1m05s · attempt 2"),
             (running.clone(), "running · 1m05s"),
-            (stepping, "step 3/7 · RUN echo \\u{1b}[2J · 23s (1m05s in all)"),
+            (stepping, "[##--------] step 3/7 · RUN echo \\u{1b}[2J · 23s (1m05s in all)"),
             (Build { current_step: Some(unknown), ..running }, "step 3 · COPY . / (1m05s in all)"),
             (Build { state: 3, ..Build::default() }, "succeeded"),
             (Build { state: 77, ..Build::default() }, "state-77"),

@@ -1,12 +1,13 @@
 //! `kiln ps`: the builds that wait or run, or all that are remembered.
 
 use jiff::Timestamp;
-use kiln_proto::kiln_v1::{Build, BuildState, ListBuildsRequest};
+use kiln_proto::kiln_v1::{Build, BuildState, ListBuildsRequest, Step};
 
 use super::connection::{Connection, Gateway, answer};
 use super::failure::{Exit, Failure};
 use super::json::{BuildJson, reason_word, state_word};
 use super::output::{Output, OutputArgs, table};
+use super::progress;
 use super::time;
 
 pub(super) const EXAMPLES: &str = "\
@@ -81,10 +82,7 @@ fn request(args: &PsArgs, left: u32, page_token: String) -> ListBuildsRequest {
 fn row(build: &Build, now: Timestamp) -> [String; 6] {
     let state = match (reason_word(build.reason), &build.current_step) {
         (Some(reason), _) => format!("{} ({reason})", state_word(build.state)),
-        (None, Some(step)) if step.of > 0 => {
-            format!("{} {}/{}", state_word(build.state), step.number, step.of)
-        }
-        (None, Some(step)) => format!("{} {}", state_word(build.state), step.number),
+        (None, Some(step)) => stepping(&state_word(build.state), step, now),
         (None, None) if build.queue_position > 0 => {
             format!("{} · {} ahead", state_word(build.state), build.queue_position)
         }
@@ -100,6 +98,18 @@ fn row(build: &Build, now: Timestamp) -> [String; 6] {
     ]
 }
 
+/// `running [##--------] 3/7 · 23s`
+fn stepping(state: &str, step: &Step, now: Timestamp) -> String {
+    let of = progress::bar(step).map_or_else(
+        || format!("{state} {}", step.number),
+        |bar| format!("{state} {bar} {}/{}", step.number, step.of),
+    );
+    match progress::elapsed(step, now) {
+        Some(elapsed) => format!("{of} · {}", time::duration(elapsed)),
+        None => of,
+    }
+}
+
 /// A reference whose tag is a long hash, cut to what a person compares by.
 fn short_ref(reference: &str) -> String {
     match reference.rsplit_once(':') {
@@ -112,8 +122,6 @@ fn short_ref(reference: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use kiln_proto::kiln_v1::Step;
-
     use super::*;
 
     #[test]
@@ -128,10 +136,13 @@ mod tests {
             r#ref: format!("host:5000/x:{}", "a".repeat(64)),
             ..Build::default()
         };
-        let step = Step { number: 2, of: 5, ..Step::default() };
+        let step = Step { number: 2, of: 5, started_at: at(277), ..Step::default() };
         let now = time::timestamp(300, 0).unwrap();
         assert_eq!(row(&build, now), ["id", "running", "3m", "2m20s", "alice", "host:5000/x:aaaaaaaaaaaa…"]);
-        assert_eq!(row(&Build { current_step: Some(step), ..build.clone() }, now)[1], "running 2/5");
+        let unknown = Step { of: 0, started_at: None, ..step.clone() };
+        for (step, state) in [(step, "running [##--------] 2/5 · 23s"), (unknown, "running 2")] {
+            assert_eq!(row(&Build { current_step: Some(step), ..build.clone() }, now)[1], state);
+        }
         let waiting = Build { state: 1, started_at: None, queue_position: 3, ..build.clone() };
         assert_eq!(row(&waiting, now)[1], "queued · 3 ahead");
         assert_eq!(row(&Build { queue_position: 0, ..waiting }, now)[1], "queued");

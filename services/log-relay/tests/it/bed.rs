@@ -3,15 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
-use futures::StreamExt as _;
+use futures::stream::BoxStream;
+use futures::{StreamExt as _, TryStreamExt as _};
 use kiln_bus::journal::{Entry, Journal};
 use kiln_bus::layout::Layout;
-use kiln_bus::logs::{LogTail, Logs, Start, Until};
+use kiln_bus::logs::{Chunk, LogTail, Logs, Start, Until};
 use kiln_bus::seal::{OpenKey, SealKey};
 use kiln_bus::secrets::{SecretsBucket, seal};
-use kiln_bus::{Bus, Connect, Lease};
+use kiln_bus::{Bus, BusError, Connect, Lease};
 use kiln_contract::secrets::Secrets;
 use kiln_domain::id::{BuildId, InstanceId, RunId};
 use kiln_domain::transition::Change;
@@ -24,10 +25,13 @@ use secrecy::SecretString;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
-const LONG: Duration = Duration::from_secs(60);
+pub(crate) const LONG: Duration = Duration::from_secs(180);
 
 pub(crate) struct Bed {
-    pub(crate) server: NatsServer,
+    url: String,
+    replicas: usize,
+    /// Of a bed on one server of its own.
+    pub(crate) server: Option<NatsServer>,
     pub(crate) bus: Bus,
     pub(crate) logs: Logs,
     pub(crate) engine: Arc<FakeEngine>,
@@ -54,19 +58,32 @@ pub(crate) struct Play {
 impl Bed {
     pub(crate) async fn new() -> Result<Self> {
         let server = run_server().await?;
-        let bus = connect(&server).await?;
+        let bed = Self::on(&server.url(), 1).await?;
+        Ok(Self { server: Some(server), ..bed })
+    }
+
+    /// On servers that the test has, to do to them what it likes.
+    pub(crate) async fn on(url: &str, replicas: usize) -> Result<Self> {
+        let bus = connect(url).await?;
         let seed = OpenKey::new_seed()?;
-        let bed = Self { logs: Logs::new(&bus), server, bus, engine: Arc::default(), seed };
+        let logs = Logs::new(&bus);
+        let bed =
+            Self { url: url.to_owned(), replicas, logs, server: None, bus, engine: Arc::default(), seed };
         bed.provision().await?;
         Ok(bed)
+    }
+
+    /// The logs as another process has them.
+    pub(crate) async fn logs_elsewhere(&self) -> Result<Logs> {
+        Ok(Logs::new(&connect(&self.url).await?))
     }
 
     /// Makes the streams and buckets that are missing.
     pub(crate) async fn provision(&self) -> Result<()> {
         let layout = Layout {
-            replicas: 1,
+            replicas: self.replicas,
             journal_max_bytes: 64 << 20,
-            logs_max_bytes: 256 << 20,
+            logs_max_bytes: 512 << 20,
             logs_max_age: Duration::from_secs(3600),
         };
         Ok(self.bus.provision(&layout).await?)
@@ -83,7 +100,7 @@ impl Bed {
     /// Returns once it is ready.
     pub(crate) async fn relay_with(&self, config: Config, life: &str) -> Result<Relay> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let (stop, url) = (CancellationToken::new(), self.server.url());
+        let (stop, url) = (CancellationToken::new(), self.url.clone());
         let (engine, open_key) = (self.engine.clone(), OpenKey::from_seed(self.seed.clone())?);
         let (life, stopped) = (life.to_owned(), stop.clone());
         let (is_ready, ready) = tokio::sync::oneshot::channel();
@@ -91,7 +108,7 @@ impl Bed {
         let of = life.clone();
         runtime.spawn(async move {
             let run = async {
-                let bus = connect_to(&url).await?;
+                let bus = connect(&url).await?;
                 let parts = Parts {
                     bus,
                     engine,
@@ -127,25 +144,7 @@ impl Bed {
 
     /// The whole log, once it is complete.
     pub(crate) async fn log(&self, id: &BuildId) -> Result<Vec<u8>> {
-        let mut chunks = std::pin::pin!(self.logs.read(
-            id,
-            Start::Beginning,
-            Until::Complete { over: CancellationToken::new() }
-        ));
-        let mut log = Vec::new();
-        let reading = async {
-            let mut complete = false;
-            while let Some(chunk) = chunks.next().await {
-                let chunk = chunk?;
-                assert_eq!(chunk.offset, log.len() as u64);
-                log.extend_from_slice(&chunk.bytes);
-                complete = chunk.complete;
-            }
-            assert!(complete);
-            anyhow::Ok(())
-        };
-        tokio::time::timeout(LONG, reading).await.context("the log is not completed")??;
-        Ok(log)
+        follow(&self.logs, id).try_fold(Vec::new(), append).await
     }
 
     /// What is there of a complete log, and the offset that it begins at.
@@ -161,12 +160,14 @@ impl Bed {
         Ok(String::from_utf8_lossy(&self.log(id).await?).into_owned())
     }
 
-    /// Waits until the log's tail is as wanted.
+    /// Waits until the log's tail is as wanted, also while the bus is away.
     pub(crate) async fn tail(&self, id: &BuildId, wanted: impl Fn(&LogTail) -> bool) -> Result<LogTail> {
         let waiting = async {
             loop {
-                if let Some(tail) = self.logs.tail(id).await?.filter(&wanted) {
-                    return anyhow::Ok(tail);
+                match self.logs.tail(id).await {
+                    Ok(Some(tail)) if wanted(&tail) => return anyhow::Ok(tail),
+                    Ok(_) | Err(BusError::Unavailable { .. }) => {}
+                    Err(error) => return Err(error.into()),
                 }
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
@@ -237,11 +238,32 @@ impl Play {
     }
 }
 
-async fn connect(server: &NatsServer) -> Result<Bus> {
-    connect_to(&server.url()).await
+/// Collects a log.
+pub(crate) async fn append(mut log: Vec<u8>, bytes: Bytes) -> Result<Vec<u8>> {
+    log.extend_from_slice(&bytes);
+    Ok(log)
 }
 
-async fn connect_to(url: &str) -> Result<Bus> {
+/// A log from its first byte to its end; an error where there is a gap, or an end too soon, or where nothing comes.
+pub(crate) fn follow(logs: &Logs, id: &BuildId) -> BoxStream<'static, Result<Bytes>> {
+    let until = Until::Complete { over: CancellationToken::new() };
+    let chunks = logs.read(id, Start::Beginning, until).boxed();
+    let next = async |(mut chunks, end, complete): (BoxStream<'static, _>, u64, bool)| {
+        let chunk = tokio::time::timeout(LONG, chunks.next()).await.context("the log stands still")?;
+        match chunk.transpose()? {
+            Some(Chunk { offset, bytes, complete }) => {
+                ensure!(offset == end, "a gap or a repeat: {offset} after {end}");
+                let end = end + bytes.len() as u64;
+                Ok(Some((bytes, (chunks, end, complete))))
+            }
+            None if complete => Ok(None),
+            None => bail!("it ended at {end} without being complete"),
+        }
+    };
+    futures::stream::try_unfold((chunks, 0, false), next).boxed()
+}
+
+async fn connect(url: &str) -> Result<Bus> {
     let connect = Connect { url: url.into(), user: None, password: None, name: "test".into() };
     Ok(connect.connect().await?)
 }
