@@ -5,7 +5,7 @@ mod faults;
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use kiln_bus::logs::LogTail;
 use kiln_bus::seal::OpenKey;
 use kiln_contract::subject;
