@@ -63,9 +63,15 @@ impl Failure {
         }
     }
 
-    /// Whether a stream that ended so is worth asking for again: all but a refusal of the request itself.
+    /// Whether a stream that ended so is worth asking for again: all but a refusal of the request itself, and a build that
+    /// the service has lost.
     pub(super) fn may_pass(&self) -> bool {
-        self.exit_code() >= 3
+        self.exit_code() >= 3 && !self.is_lost()
+    }
+
+    /// The service knew the build, and has lost it.
+    pub(super) fn is_lost(&self) -> bool {
+        matches!(self, Self::Rpc { status, .. } if status.code() == Code::DataLoss)
     }
 }
 
@@ -149,6 +155,8 @@ mod tests {
             let failure = Failure::rpc("asking", Status::new(code, "x"));
             assert_eq!((failure.exit_code(), failure.may_pass()), (exit, exit >= 3), "{code:?}");
         }
+        let lost = Failure::rpc("watching", Status::data_loss("x"));
+        assert_eq!((lost.exit_code(), lost.may_pass()), (3, false));
         assert_eq!(Failure::Request("x".into()).exit_code(), 2);
         assert_eq!(Failure::OutputClosed.exit_code(), 0);
     }

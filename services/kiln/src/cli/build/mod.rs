@@ -77,7 +77,9 @@ pub(super) async fn run(args: BuildArgs) -> Result<Exit, Failure> {
         Some(Ok(())) => follower.finish().await,
         Some(Err(failure)) => {
             follower.leave();
-            come_back(&id);
+            if !failure.is_lost() {
+                come_back(&id);
+            }
             Err(failure)
         }
         None => {
