@@ -225,6 +225,7 @@ impl Reader {
 
     /// Reads what is there now, up to a sequence. The offset stays: a log goes on where it was.
     fn begin_anew(&mut self, target: u64) {
+        self.logs.forget_batches();
         self.seen = 0;
         self.target = target;
         self.fetched.clear();

@@ -19,7 +19,8 @@ const HELD_FOR: Duration = Duration::from_secs(2);
 /// What a message takes beside its bytes.
 const OVERHEAD: usize = 512;
 
-/// Messages from a sequence on. What is stored never changes, so that an old batch is at most a short one.
+/// Messages from a sequence on. What is stored never changes, so that an old batch is at most a short one;
+/// but see [`Logs::forget_batches`].
 pub(super) type Batches = Cache<(BuildId, u64), Arc<[LogMessage]>>;
 
 pub(super) fn batches() -> Batches {
@@ -51,5 +52,9 @@ impl Logs {
             self.shared.batches.invalidate(&(id.clone(), from)).await;
         }
         Ok(batch)
+    }
+    /// What is held is of a stream that is no more: its sequences mean other messages now.
+    pub(super) fn forget_batches(&self) {
+        self.shared.batches.invalidate_all();
     }
 }
