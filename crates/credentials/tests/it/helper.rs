@@ -22,6 +22,7 @@ fn helped(folder: &TempDir, body: &str) -> Config {
         docker_config: Some(at("config.json")),
         helper_folders: vec![folder.path().to_owned()],
         helper_timeout_seconds: 2,
+        ..Config::default()
     }
 }
 
