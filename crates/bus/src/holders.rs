@@ -4,12 +4,14 @@
 //! A lease is written by a plain publish with an expected sequence and a time to live, for async-nats's own
 //! `create_with_ttl` loses the time to live on a key that has a delete marker.
 
+mod others;
+
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
-use async_nats::jetstream::kv::{Operation, Store};
+use async_nats::jetstream::kv::Store;
 use async_nats::jetstream::message::{PublishMessage, StreamMessage};
 use async_nats::jetstream::stream::{LastRawMessageError, LastRawMessageErrorKind};
 use futures::StreamExt as _;
@@ -27,9 +29,6 @@ use crate::lease::Lease;
 const RENEW: &str = "renew the lease";
 /// Before a renewal that failed is tried again.
 const RENEW_AGAIN: Duration = Duration::from_secs(1);
-
-/// How often a watch looks whether its connection still stands.
-const LOOK: Duration = Duration::from_secs(1);
 
 /// This process's lease, and everybody else's.
 #[derive(Clone)]
@@ -312,54 +311,6 @@ impl Holders {
         );
         *mine = Mine { instance, revision: 0, renewed: now, settled: now + self.shared.lease.settle() };
         Ok(())
-    }
-
-    async fn keep_watching(&self) {
-        let mut said = false;
-        loop {
-            let begun = Instant::now();
-            if let Err(error) = self.watch_once().await {
-                // Once for each cut, not for each try.
-                if !said || begun.elapsed() > self.shared.lease.ttl() {
-                    tracing::warn!("the watch of the leases was cut off, and is begun again: {error}");
-                }
-                said = true;
-            }
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        }
-    }
-
-    async fn watch_once(&self) -> Result<(), BusError> {
-        let failed = |error: &dyn std::fmt::Display| BusError::unavailable("watch leases", error);
-        let begun = self.shared.store.watch_with_history(">");
-        let mut watch = self.shared.bus.call("watch leases", begun).await?;
-        let mut seen = BTreeSet::new();
-        let times_lost = self.shared.bus.times_lost();
-        loop {
-            let entry = match tokio::time::timeout(LOOK, watch.next()).await {
-                Ok(Some(entry)) => entry,
-                Ok(None) => return Ok(()),
-                Err(_) if self.shared.bus.times_lost() != times_lost => {
-                    return Err(failed(&"the connection was lost"));
-                }
-                Err(_) => continue,
-            };
-            let entry = entry.map_err(|error| failed(&error))?;
-            let Ok(instance) = entry.key.parse::<InstanceId>() else { continue };
-            match entry.operation {
-                Operation::Put => seen.insert(instance),
-                Operation::Delete | Operation::Purge => seen.remove(&instance),
-            };
-            if !entry.seen_current {
-                // Still reading what was there: who hasn't been read yet is not gone.
-                continue;
-            }
-            self.shared.live.send_if_modified(|live| {
-                let changed = *live != seen;
-                live.clone_from(&seen);
-                changed
-            });
-        }
     }
 
     fn mine(&self) -> MutexGuard<'_, Mine> {

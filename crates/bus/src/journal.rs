@@ -1,6 +1,7 @@
 //! The journal: every change of a build is one compare-and-set append, and the last event of a build is its state.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_nats::HeaderMap;
@@ -67,6 +68,8 @@ impl std::fmt::Display for Room {
 pub struct Journal {
     bus: Bus,
     stream: Arc<Stream<()>>,
+    /// An append was left unanswered, and none was taken since.
+    silent: Arc<AtomicBool>,
 }
 
 /// The header that names which subjects the expected sequence is of; async-nats has no constant for it.
@@ -77,11 +80,13 @@ const APPEND: &str = "append to the journal";
 const READ_BACKS: u32 = 5;
 /// For how long an append is tried where the bus answers slowly or not at all.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The server itself answers within this long, or it is away.
+const ANSWER: Duration = Duration::from_secs(1);
 
 impl Journal {
     pub async fn open(bus: &Bus) -> Result<Self, BusError> {
         let stream = bus.call("open the journal", bus.js.get_stream_no_info(subject::JOURNAL_STREAM)).await?;
-        Ok(Self { bus: bus.clone(), stream: Arc::new(stream) })
+        Ok(Self { bus: bus.clone(), stream: Arc::new(stream), silent: Arc::default() })
     }
 
     /// The last event of any build of an image, from the stream's leader.
@@ -163,8 +168,25 @@ impl Journal {
                 pause = (pause * 3).min(Duration::from_secs(1));
             }
         };
-        let late = |_| BusError::unavailable(APPEND, "the bus did not answer in time");
-        tokio::time::timeout(PATIENCE, appending).await.map_err(late)?
+        let appended = tokio::time::timeout(PATIENCE, appending)
+            .await
+            .unwrap_or_else(|_| Err(BusError::unavailable(APPEND, "the bus did not answer in time").into()));
+        self.note_silence(&appended).await;
+        appended
+    }
+
+    /// Says, once, that the stream takes nothing though its server answers: one that met a full disk shows it in no other way
+    /// (nats-server 2.15), neither by an error nor in what it tells of the stream.
+    async fn note_silence(&self, appended: &Result<Entry, AppendError>) {
+        if !matches!(appended, Err(AppendError::Bus(BusError::Unavailable { .. }))) {
+            self.silent.store(false, Ordering::Relaxed);
+        } else if self.bus.answers(ANSWER).await && !self.silent.swap(true, Ordering::Relaxed) {
+            tracing::error!(
+                "{} takes nothing, though nats-server answers: the disk under it may be full, or most of its servers are away; \
+                 make room, then restart nats-server",
+                subject::JOURNAL_STREAM
+            );
+        }
     }
 
     async fn publish(

@@ -87,7 +87,11 @@ impl Keeper {
             self.look().await;
             let told = async {
                 match &mut deleted {
-                    Some(deleted) => deleted.next().await,
+                    // Its end, as with the connection's, is no news.
+                    Some(deleted) => match deleted.next().await {
+                        Some(told) => Some(told),
+                        None => std::future::pending().await,
+                    },
                     None => std::future::pending().await,
                 }
             };

@@ -5,6 +5,7 @@ use std::time::Duration;
 use async_nats::jetstream::context::CreateStreamErrorKind;
 use async_nats::jetstream::{kv, stream};
 use kiln_contract::{bucket, subject};
+use kiln_domain::limits;
 
 use crate::connection::Bus;
 use crate::error::BusError;
@@ -158,8 +159,8 @@ pub(crate) fn buckets(layout: &Layout) -> [kv::Config; 3] {
         kv::Config {
             bucket: bucket::SECRETS.into(),
             description: "Sealed secrets; its keys are the builds that are not cleaned up yet".into(),
-            // Above the queue limit and three times the longest timeout.
-            max_age: Duration::from_secs(5 * DAY),
+            // Each attempt has the longest wait and the longest timeout.
+            max_age: limits::LONGEST * (2 * limits::ATTEMPTS) + Duration::from_secs(DAY),
             ..file.clone()
         },
         kv::Config {

@@ -14,7 +14,7 @@ pub mod inspect;
 pub mod journal;
 pub mod keeper;
 pub mod layout;
-pub mod lease;
+mod lease;
 pub mod logs;
 pub mod refs;
 pub mod seal;

@@ -55,6 +55,8 @@ struct State {
     /// By the sequence of a build's first event: its place in a list.
     order: BTreeMap<u64, BuildId>,
     active: BTreeMap<u64, BuildId>,
+    /// Those that are over, by the sequence of their end: whoever ended first is forgotten first.
+    finished: BTreeMap<u64, BuildId>,
 }
 
 impl View {
@@ -222,7 +224,8 @@ impl View {
     }
 
     fn begin_anew(&self, stream: &stream::State) {
-        tracing::error!(
+        // The keeper says whose doing it was.
+        tracing::warn!(
             "the journal was deleted, emptied or restored, and holds events {} to {} now: builds that it doesn't hold are lost",
             stream.first_sequence,
             stream.last_sequence
@@ -244,6 +247,7 @@ impl View {
             state.order.insert(place, id.clone());
             if entry.record.state.is_terminal() {
                 state.active.remove(&place);
+                state.finished.insert(entry.sequence, id);
             } else {
                 state.active.insert(place, id);
             }
@@ -260,12 +264,11 @@ impl View {
 
 impl State {
     fn forget_oldest(&mut self, finished_kept: usize) {
-        if self.builds.len() - self.active.len() <= finished_kept {
-            return;
-        }
-        let oldest = self.order.keys().find(|place| !self.active.contains_key(place)).copied();
-        if let Some(id) = oldest.and_then(|place| self.order.remove(&place)) {
-            self.builds.remove(&id);
+        while self.finished.len() > finished_kept {
+            let Some((_, id)) = self.finished.pop_first() else { return };
+            if let Some((_, place)) = self.builds.remove(&id) {
+                self.order.remove(&place);
+            }
         }
     }
 }

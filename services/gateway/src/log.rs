@@ -61,7 +61,7 @@ pub(crate) struct BuildLog {
     /// Nobody runs it, so that nobody will begin its log.
     pub(crate) is_over: bool,
     /// The journal knows it. Of a build that it doesn't know nobody writes the log on.
-    is_known: bool,
+    pub(crate) is_known: bool,
 }
 
 impl BuildLogs {
@@ -190,9 +190,12 @@ async fn ended(view: &View, journal: &Journal, id: &BuildId) -> End {
         match view.get(id) {
             Some(entry) if entry.record.state.is_terminal() => return End::Terminal,
             Some(_) => {}
-            // The view may only be behind.
-            None if matches!(journal.last_of_build(id).await, Ok(None)) => return End::Lost,
-            None => {}
+            // The view may only be behind, or hold no more what is over.
+            None => match journal.last_of_build(id).await {
+                Ok(None) => return End::Lost,
+                Ok(Some(entry)) if entry.record.state.is_terminal() => return End::Terminal,
+                Ok(Some(_)) | Err(_) => {}
+            },
         }
         // Any news, and a lag, only makes us look again; so does what a view that began anew has read since.
         let heard = tokio::time::timeout(LOOK_AGAIN, changes.recv()).await;

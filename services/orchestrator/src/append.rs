@@ -47,10 +47,14 @@ impl Held<'_> {
                         // A stream that was restored goes on from what it held then.
                         Ok(Some(last)) if last.sequence < self.tail.sequence => {
                             self.tail = last;
-                            self.take(None)?;
+                            self.check_claim()?;
                             return Ok(false);
                         }
-                        Ok(Some(_)) => return Ok(false),
+                        Ok(Some(_)) => {
+                            // The same tail, and the change is illegal: what is to be done is decided anew, without haste.
+                            self.pause(ENGINE_PAUSE).await?;
+                            return Ok(false);
+                        }
                         Err(error) => {
                             tracing::warn!(build.id = %self.record().id, "the journal can't be read now: {error}");
                             tokio::time::sleep(ENGINE_PAUSE).await;

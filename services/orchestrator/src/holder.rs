@@ -11,7 +11,7 @@ use kiln_bus::journal::Entry;
 use kiln_domain::engine::{EngineError, Handle, Observed};
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::id::InstanceId;
-use kiln_domain::record::Record;
+use kiln_domain::record::{Record, State};
 use kiln_domain::run::Ended;
 use kiln_domain::transition::Change;
 use tokio_util::sync::CancellationToken;
@@ -278,10 +278,15 @@ impl Held<'_> {
         self.check()?;
         let Some(newer) = newer.filter(|newer| newer.sequence > self.tail.sequence) else { return Ok(false) };
         let before = std::mem::replace(&mut self.tail, newer);
-        if self.record().claimed_by.as_ref() != Some(&self.me) && !self.record().state.is_terminal() {
-            return Err(LetGo::Lost);
-        }
+        self.check_claim()?;
         Ok(self.record().state.is_terminal() || self.record().cancel != before.record.cancel)
+    }
+
+    /// Whether the tail leaves the build to us: it is over, or our claim is the last, in a state that we know.
+    pub(crate) fn check_claim(&self) -> Result<(), LetGo> {
+        let Record { state, claimed_by, .. } = self.record();
+        let ours = claimed_by.as_ref() == Some(&self.me) && *state != State::Unknown;
+        if ours || state.is_terminal() { Ok(()) } else { Err(LetGo::Lost) }
     }
 
     /// What the engine knows of the present run; asked again until it can say.

@@ -147,6 +147,11 @@ async fn a_lease_stands_though_its_bucket_was_purged_or_deleted() -> Result<()> 
     let me = holders.me().context("a lease")?;
     let hand = by_hand(&server).await?;
     let stream = format!("KV_{}", bucket::HOLDERS);
+    // So that a bucket made anew begins far below where the old one was.
+    for n in 0..500 {
+        let filler = format!("$KV.{}.filler-{n}", bucket::HOLDERS);
+        hand.publish(filler, "x".into()).await?.await?;
+    }
     let purge = async || anyhow::Ok(hand.get_stream(&stream).await?.purge().await.map(|_| ())?);
     let delete = async || anyhow::Ok(hand.delete_stream(&stream).await.map(|_| ())?);
     purge().await?;

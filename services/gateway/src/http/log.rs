@@ -14,6 +14,7 @@ use super::accept::wants_events;
 use super::events;
 use super::problem::Problem;
 use super::request::{Query, Range, Resume};
+use crate::cut::Cut;
 use crate::log::{BuildLog, BuildLogs, ReadError};
 
 /// On every answer with bytes: the offset of the first of them in the log.
@@ -42,7 +43,12 @@ pub(super) async fn read(
             _ => query.start.unwrap_or(Start::Beginning),
         };
         let log = logs.open(&id).await?;
-        let (start, _) = place(&log, start, true).await?;
+        let (start, there) = place(&log, start, true).await?;
+        let read_all = |there: Extent| !there.complete && start == Start::Offset(there.end);
+        if !log.is_known && there.is_some_and(read_all) {
+            // Nobody writes it on, and a browser would come back for more for ever.
+            return Err(ReadError::Cut(Cut::Lost(id)).into());
+        }
         let chunks = begun(log, start, true).await?;
         return Ok(events::answer(logs, id, chunks));
     }

@@ -63,8 +63,8 @@ pub(super) fn printed(number: usize, image: Image) -> String {
 
 fn dockerfile(kind: Kind) -> String {
     match kind {
-        Kind::Same => "# played same\nFROM scratch\n".into(),
-        Kind::Fresh => "# played fresh\nFROM scratch\n".into(),
+        Kind::Same => "# played same\nFROM registry.invalid/base:1\n".into(),
+        Kind::Fresh => "# played fresh\nFROM registry.invalid/base:1\n".into(),
         Kind::Good | Kind::Failing | Kind::Long => {
             let print =
                 "i=1; while [ $i -le $LINES ]; do echo line $i of $LINES of image $IMAGE; i=$((i+1)); done";
