@@ -122,7 +122,9 @@ pub(crate) fn streams(layout: &Layout) -> [stream::Config; 4] {
             max_bytes: layout.logs_max_bytes,
             max_consumers: 32,
             allow_direct: true,
-            compression: Some(stream::Compression::S2),
+            // nats-server 2.15.1 can't read a compressed block any more after it was killed ("s2: unsupported input"): the stream
+            // lost its quorum for good on two of three servers. Disks can compress what is worth it.
+            compression: Some(stream::Compression::None),
             duplicate_window: Duration::from_secs(60),
             republish: Some(stream::Republish {
                 source: subject::LOG_SUBJECTS.into(),
