@@ -1,4 +1,4 @@
-//! The FROM lines of a Dockerfile: which images it is built on. Everything else in it is the build tool's to read.
+//! Which images a Dockerfile is built on, and which it takes files from. Everything else in it is the build tool's to read.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -50,6 +50,52 @@ pub(crate) fn froms(dockerfile: &str, build_args: &BTreeMap<String, String>) -> 
         }
     }
     found
+}
+
+/// The images that `COPY --from=` and `RUN --mount=…,from=` name, where they are no stages.
+pub(crate) fn copied_from(dockerfile: &str) -> Vec<ImageReference> {
+    let lines = logical_lines(dockerfile);
+    let stages: BTreeSet<_> = lines.iter().filter_map(|line| stage_name(line)).collect();
+    let flags =
+        lines.iter().flat_map(|line| line.split_whitespace().filter_map(|word| word.strip_prefix("--")));
+    let named = flags.filter_map(|flag| {
+        let mut parts = flag.strip_prefix("mount=").unwrap_or(flag).split(',');
+        parts.find_map(|part| part.strip_prefix("from=")).map(unquoted)
+    });
+    let is_stage = |name: &str| name.parse::<u32>().is_ok() || stages.contains(&name.to_lowercase());
+    let images = named.filter(|name| *name != "scratch" && !is_stage(name));
+    images.filter_map(|name| name.parse().ok()).collect()
+}
+
+/// The number of the first line that begins a heredoc (`RUN <<EOF`).
+pub(crate) fn heredoc(dockerfile: &str) -> Option<usize> {
+    let mut lines = dockerfile.lines().enumerate();
+    let found = lines.find(|(_, line)| {
+        let mut words = line.split_whitespace();
+        let takes_one = words
+            .next()
+            .is_some_and(|word| ["RUN", "COPY", "ADD"].iter().any(|name| word.eq_ignore_ascii_case(name)));
+        takes_one && words.any(begins_heredoc)
+    });
+    found.map(|(at, _)| at + 1)
+}
+
+/// As BuildKit reads it: a word of digits (a file's number), `<<`, perhaps `-`, and the mark that ends it.
+fn begins_heredoc(word: &str) -> bool {
+    let mark = word.trim_start_matches(|c: char| c.is_ascii_digit()).strip_prefix("<<");
+    mark.is_some_and(|mark| {
+        let mark = mark.strip_prefix('-').unwrap_or(mark);
+        !mark.is_empty() && !mark.contains('<')
+    })
+}
+
+/// The name that a FROM line gives its stage, in small letters.
+fn stage_name(line: &str) -> Option<String> {
+    let mut words = line.split_whitespace();
+    words.next().filter(|word| word.eq_ignore_ascii_case("FROM"))?;
+    let mut words = words.skip_while(|word| word.starts_with("--")).skip(1);
+    words.next().filter(|word| word.eq_ignore_ascii_case("AS"))?;
+    words.next().map(str::to_lowercase)
 }
 
 /// Platform arguments that every Dockerfile may use in FROM.
@@ -154,6 +200,26 @@ mod tests {
         ] {
             let found: Vec<_> = froms(dockerfile, &build_args).into_iter().map(|from| from.text).collect();
             assert_eq!(found, expected, "{dockerfile}");
+        }
+    }
+    #[test]
+    fn images_that_files_come_from() {
+        let dockerfile = "FROM a AS One\nCOPY --chown=1 --from=one x y\nCOPY --from=0 x y\nCOPY --from=h:5/i:1 x y\n\
+                          RUN --mount=type=bind,from=j,target=/j \\\n  --mount=type=cache,target=/k make --from=later\n\
+                          FROM one AS later\nCOPY --from=scratch x y\nADD x y\n";
+        let found: Vec<_> = copied_from(dockerfile).iter().map(ToString::to_string).collect();
+        assert_eq!(found, ["h:5/i:1", "docker.io/library/j:latest"]);
+    }
+    #[test]
+    fn heredocs() {
+        for (dockerfile, line) in [
+            ("FROM a\nRUN <<EOF\nx\nEOF", Some(2)),
+            ("FROM a\n\ncopy <<-\"A\" <<B /", Some(3)),
+            ("FROM a\nRUN cat 3<<EOF", Some(2)),
+            ("FROM a\nRUN echo $((1<<x)) <<<word", None),
+            ("FROM a\nLABEL x=<<EOF", None),
+        ] {
+            assert_eq!(heredoc(dockerfile), line, "{dockerfile}");
         }
     }
 }

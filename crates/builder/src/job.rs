@@ -1,6 +1,7 @@
 //! The work of a run, from its spec to the image at the target.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::limits;
@@ -10,11 +11,13 @@ use kiln_domain::source::DockerfileSource;
 use tokio::time::{Duration, Instant, sleep};
 
 use crate::buildah::Buildah;
+use crate::buildkit::{Buildkit, Lease};
 use crate::children::Children;
+use crate::choice::{Tool, choose};
 use crate::context;
 use crate::dockerfile::{self, From};
 use crate::folder::{Folder, Task};
-use crate::target::{PATIENCE, Target};
+use crate::target::{PATIENCE, Target, registry};
 use crate::tool::{BuildRequest, BuildTool, Built, ToolError};
 
 /// How soon a registry that refuses connections is asked again.
@@ -26,6 +29,8 @@ pub(crate) struct Job<'a> {
     pub(crate) task: &'a Task,
     pub(crate) children: &'a Children,
     pub(crate) deadline: Instant,
+    /// Of Kiln's own BuildKit daemon, where that is used; the error says why it can't be.
+    pub(crate) lease: &'a Result<Option<Arc<Lease>>, String>,
 }
 
 /// What is known of a job that hasn't come to its end.
@@ -74,7 +79,7 @@ impl Job<'_> {
         work: &Path,
         progress: &mut Progress,
     ) -> Result<Digest, Failure> {
-        let Task { spec, secrets, settings } = self.task;
+        let Task { spec, secrets, .. } = self.task;
         self.say(&format!("fetching {} at {commit}", source.remote_uri));
         let context = context::fetch(source, commit, secrets, work, self.children).await?;
         let text = std::fs::read(&context.dockerfile).map_err(|error| no_room("the Dockerfile", &error))?;
@@ -88,11 +93,10 @@ impl Job<'_> {
             .filter(|host| is_plain(spec, host))
             .map(str::to_owned)
             .collect();
-        let tool = Buildah::new(settings, work, self.children, &secrets.registries, &plain, &secrets.mounts)
-            .map_err(|error| no_room("the build tool's files", &error))?
-            .with_no_cache(spec.no_cache);
+        let tool = self.tool(work, &plain, base_ref)?;
         progress.findings.build_tool = tool.name().into();
-        let tool = progress.tool.insert(Box::new(tool));
+        let tool = progress.tool.insert(tool);
+        let copied_from = dockerfile::copied_from(&String::from_utf8_lossy(&text));
 
         let request = BuildRequest {
             dockerfile: context.dockerfile,
@@ -101,6 +105,10 @@ impl Job<'_> {
             target: source.target.clone(),
             no_cache: spec.no_cache,
             platform: source.platform.clone(),
+            images: froms.into_iter().filter_map(|from| from.reference).chain(copied_from).collect(),
+            push_to: base_ref.clone(),
+            repository: source.remote_uri.clone(),
+            path: source.dockerfile().to_owned(),
         };
         let since = Instant::now();
         let built = loop {
@@ -115,6 +123,34 @@ impl Job<'_> {
             match tool.push(built, base_ref).await {
                 Ok(digest) => return Ok(digest),
                 Err(error) => self.wait(error, since, base_ref.registry()).await?,
+            }
+        }
+    }
+
+    /// `plain`: those of the registries at hand that are spoken to without TLS.
+    fn tool(
+        &self,
+        work: &Path,
+        plain: &[String],
+        base_ref: &ImageReference,
+    ) -> Result<Box<dyn BuildTool>, Failure> {
+        let Task { spec, secrets, settings } = self.task;
+        let no_files = |error| no_room("the build tool's files", &error);
+        let (registries, mounts) = (&secrets.registries, &secrets.mounts);
+        let chosen = choose(settings).map_err(|problem| Failure::new(FailureReason::Internal, problem))?;
+        match chosen {
+            Tool::Buildah => {
+                let tool = Buildah::new(settings, work, self.children, registries, plain, mounts);
+                Ok(Box::new(tool.map_err(no_files)?.with_no_cache(spec.no_cache)))
+            }
+            Tool::Buildkit => {
+                let lease = self.lease.as_ref().map_err(|problem| {
+                    Failure::new(FailureReason::Internal, format!("cannot use BuildKit's daemon: {problem}"))
+                })?;
+                let registry = registry(spec, secrets, self.deadline)?;
+                let tool =
+                    Buildkit::new(settings, work, self.children, registries, mounts, lease.clone(), registry);
+                Ok(Box::new(tool.map_err(no_files)?.with_plain_push(is_plain(spec, base_ref.registry()))))
             }
         }
     }

@@ -34,19 +34,8 @@ impl<'a> Target<'a> {
         secrets: &RunSecrets,
         deadline: Instant,
     ) -> Result<Self, Failure> {
-        kiln_registry::install_crypto_provider();
-        let mut keyring = Keyring::default();
-        for (host, login) in &secrets.registries {
-            keyring
-                .insert(host, login)
-                .map_err(|error| Failure::new(FailureReason::RegistryDenied, error.to_string()))?;
-        }
-        let mut access = Access::new(Arc::new(keyring), deadline);
-        access.patience = PATIENCE;
-        access.insist_on = Some(spec.target_ref.registry().to_owned());
-        access.wait_out_limits = true;
-        let config = Config { plain_http: spec.plain_http.clone(), ..Config::default() };
-        Ok(Self { folder, spec, registry: OciRegistry::new(config), access })
+        let (registry, access) = registry(spec, secrets, deadline)?;
+        Ok(Self { folder, spec, registry, access })
     }
 
     /// Makes the target the same image as `from`.
@@ -77,7 +66,28 @@ impl<'a> Target<'a> {
     }
 }
 
-fn failure(error: &Error, from: &ImageReference, to: &ImageReference) -> Failure {
+/// Registries as a run asks them: with its credentials alone, until `deadline`.
+pub(crate) fn registry(
+    spec: &RunSpec,
+    secrets: &RunSecrets,
+    deadline: Instant,
+) -> Result<(OciRegistry, Access), Failure> {
+    kiln_registry::install_crypto_provider();
+    let mut keyring = Keyring::default();
+    for (host, login) in &secrets.registries {
+        keyring
+            .insert(host, login)
+            .map_err(|error| Failure::new(FailureReason::RegistryDenied, error.to_string()))?;
+    }
+    let mut access = Access::new(Arc::new(keyring), deadline);
+    access.patience = PATIENCE;
+    access.insist_on = Some(spec.target_ref.registry().to_owned());
+    access.wait_out_limits = true;
+    let config = Config { plain_http: spec.plain_http.clone(), ..Config::default() };
+    Ok((OciRegistry::new(config), access))
+}
+
+pub(crate) fn failure(error: &Error, from: &ImageReference, to: &ImageReference) -> Failure {
     let reason = match error {
         Error::Unauthenticated { .. } | Error::Denied { .. } => FailureReason::RegistryDenied,
         Error::Limited { .. } | Error::Unavailable { .. } | Error::UnknownHost { .. } => {

@@ -1,23 +1,9 @@
 //! The files that buildah reads instead of the host's.
 
-use std::collections::BTreeMap;
-
-use base64::Engine as _;
-use secrecy::{ExposeSecret, SecretString};
 use serde_json::json;
 
 /// Any image may be used: signatures are not this file's business.
 pub(super) const POLICY: &str = r#"{"default":[{"type":"insecureAcceptAnything"}]}"#;
-
-/// containers-auth.json(5), one entry for each host.
-pub(super) fn credentials(registries: &BTreeMap<String, SecretString>) -> String {
-    let entry = |(host, secret): (&String, &SecretString)| {
-        let encoded = base64::engine::general_purpose::STANDARD.encode(secret.expose_secret());
-        (host.clone(), json!({"auth": encoded}))
-    };
-    let entries: serde_json::Map<_, _> = registries.iter().map(entry).collect();
-    json!({"auths": entries}).to_string()
-}
 
 /// containers-registries.conf(5): short names are Docker Hub's, as Docker has it; these hosts are spoken to in plain HTTP.
 pub(super) fn registries(plain_http: &[String]) -> String {

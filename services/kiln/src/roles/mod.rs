@@ -5,6 +5,7 @@ pub(crate) mod cache_warmer;
 pub(crate) mod engine;
 pub(crate) mod gateway;
 pub(crate) mod host;
+pub(crate) mod keep_buildkitd;
 pub(crate) mod log_relay;
 pub(crate) mod orchestrator;
 pub(crate) mod resolver;
