@@ -27,7 +27,7 @@ use secrecy::SecretString;
 use tokio::process::Command;
 use tokio::time::{Duration, timeout};
 
-pub(crate) use self::daemon::Lease;
+pub(crate) use self::daemon::{Lease, Place};
 pub use self::keeper::keep;
 pub(crate) use self::progress::Plain;
 use crate::buildkit::frontend::Frontend;

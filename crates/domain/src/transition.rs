@@ -22,6 +22,8 @@ pub enum Change {
         by: InstanceId,
         handle: Handle,
         engine: String,
+        /// What the builder executes the Dockerfile with; empty where that is known only later, or nothing is executed.
+        build_tool: String,
     },
     /// The holder must stop it.
     CancelRequested {
@@ -141,7 +143,7 @@ pub fn apply(before: Option<&Record>, change: &Change) -> Result<Record, Illegal
             after.claimed_by = Some(by.clone());
             after.claims += 1;
         }
-        Change::Started { by, handle, engine } => {
+        Change::Started { by, handle, engine, build_tool } => {
             only_holder(by)?;
             if before.handle.is_some() {
                 return refuse("this attempt was started before");
@@ -152,6 +154,7 @@ pub fn apply(before: Option<&Record>, change: &Change) -> Result<Record, Illegal
             after.state = State::Running;
             after.handle = Some(handle.clone());
             after.engine.clone_from(engine);
+            after.build_tool.clone_from(build_tool);
             after.message.clear();
         }
         Change::CancelRequested { reason } => {
@@ -281,7 +284,8 @@ mod tests {
             by.clone().prop_map(|by| Change::Started {
                 by,
                 handle: Handle::new("h"),
-                engine: "local".into()
+                engine: "local".into(),
+                build_tool: String::new(),
             }),
             Just(Change::CancelRequested { reason: "enough".into() }),
             by.clone().prop_map(|by| Change::Released { by }),

@@ -67,7 +67,7 @@ impl Place {
     }
 
     /// Whether a keeper lives, or what it started.
-    fn is_kept(&self) -> io::Result<bool> {
+    pub(crate) fn is_kept(&self) -> io::Result<bool> {
         match flock(&self.keeper_lock()?, FlockOperation::NonBlockingLockShared) {
             Ok(()) => Ok(false),
             Err(Errno::WOULDBLOCK) => Ok(true),
