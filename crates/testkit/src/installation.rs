@@ -14,6 +14,8 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 use tonic::transport::Channel;
 
+use crate::workshop::end_buildkit;
+
 const SOON: Duration = Duration::from_secs(60);
 
 /// A running `kiln up`. Its process is killed on drop, and with it its children; builders are waited for by nobody.
@@ -180,6 +182,7 @@ impl Installation {
 
 impl Drop for Installation {
     fn drop(&mut self) {
+        end_buildkit(&self.data().join("layers"));
         unmount_under(self.folder.path());
     }
 }

@@ -143,21 +143,6 @@ impl Workshop {
         self.folder.path().join("storage")
     }
 
-    /// Ends the BuildKit daemon of this place, where there is one.
-    fn end_buildkit(&self) {
-        let folder = self.storage().join("buildkit");
-        if std::fs::remove_file(folder.join("settings.json")).is_err() {
-            return;
-        }
-        let Ok(lock) = std::fs::File::open(folder.join("keeper.lock")) else { return };
-        for _ in 0..200 {
-            if rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockShared).is_ok() {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-
     /// What is at a reference in the registry.
     pub async fn pushed(&self, reference: &ImageReference) -> Result<Option<Digest>> {
         let manifest = self.registry.manifest(reference.repository(), reference.selector()).await?;
@@ -220,7 +205,7 @@ impl Workshop {
 
 impl Drop for Workshop {
     fn drop(&mut self) {
-        self.end_buildkit();
+        end_buildkit(&self.storage());
         // buildah leaves its storage mounted on itself, and a test that failed leaves more.
         for mount in mounts_under(self.folder.path()).unwrap_or_default().iter().rev() {
             let _ = Command::new("umount").args(["--lazy", mount]).stderr(Stdio::null()).status();
@@ -251,6 +236,21 @@ pub fn git(repository: &Path, arguments: &[&str]) -> Result<String> {
         .context("git is missing")?;
     ensure!(output.status.success(), "git {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
+/// Ends the BuildKit daemon that keeps its layers in `storage`, where there is one: its keeper ends it with what it was told.
+pub(crate) fn end_buildkit(storage: &Path) {
+    let folder = storage.join("buildkit");
+    if std::fs::remove_file(folder.join("settings.json")).is_err() {
+        return;
+    }
+    let Ok(lock) = std::fs::File::open(folder.join("keeper.lock")) else { return };
+    for _ in 0..400 {
+        if rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockShared).is_ok() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Where `scripts/bootstrap` puts programs.
