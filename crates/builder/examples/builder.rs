@@ -1,4 +1,5 @@
-//! `builder builder --run-dir DIR`: the builder by itself, for the tests of engines (`kiln builder` is the same).
+//! `builder builder --run-dir DIR`: the builder by itself, for the tests of engines (`kiln builder` and
+//! `kiln keep-buildkitd` are the same).
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,6 +9,9 @@ fn main() -> ExitCode {
     match (arguments.next(), arguments.next(), arguments.next()) {
         (Some(role), Some(flag), Some(run)) if role == "builder" && flag == "--run-dir" => {
             kiln_builder::run(&PathBuf::from(run)).into()
+        }
+        (Some(role), Some(flag), Some(folder)) if role == "keep-buildkitd" && flag == "--folder" => {
+            kiln_builder::keep_buildkitd(&PathBuf::from(folder), arguments.next().is_some())
         }
         _ => ExitCode::from(2),
     }

@@ -16,21 +16,19 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
-use base64::Engine as _;
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run_folder::Settings;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use tokio::process::Command;
 
 pub(crate) use self::storage::{Storage, boot_id};
 use crate::children::{Children, Show};
+use crate::dockerfile;
 use crate::folder::write_private;
 use crate::memory::Memory;
-use crate::tool::{BuildRequest, BuildTool, Built, ToolError};
-
-/// The longest argument that Linux takes.
-const ARGUMENT_BYTES: usize = 128 * 1024 - 1;
+use crate::secret_files;
+use crate::tool::{BuildRequest, BuildTool, Built, ToolError, check_argument};
 
 /// Credentials in the work folder: those of the FROMs, and those of the push.
 const TO_PULL: &str = "auth.json";
@@ -60,7 +58,7 @@ impl Buildah {
         secrets: &BTreeMap<String, SecretString>,
     ) -> std::io::Result<Self> {
         std::fs::create_dir_all(work.join("hooks"))?;
-        write_private(&work.join(TO_PULL), files::credentials(to_pull).as_bytes())?;
+        write_private(&work.join(TO_PULL), secret_files::registry_logins(to_pull).as_bytes())?;
         std::fs::write(work.join("registries.conf"), files::registries(plain_http))?;
         std::fs::write(work.join("policy.json"), files::POLICY)?;
         let buildah = Self::of(settings, work, children);
@@ -87,7 +85,7 @@ impl Buildah {
     }
 
     fn command(&self, verb: &str) -> Command {
-        let mut command = Children::command("buildah", &self.work);
+        let mut command = Children::command(Path::new("buildah"), &self.work);
         command.env("CONTAINERS_REGISTRIES_CONF", self.work.join("registries.conf"));
         self.storage().use_by(&mut command);
         command.arg(verb);
@@ -132,35 +130,14 @@ impl Buildah {
         }
         for (name, value) in &request.build_args {
             let argument = format!("{name}={value}");
-            if argument.len() > ARGUMENT_BYTES {
-                return Err(ToolError::Failed(Failure::new(
-                    FailureReason::Dockerfile,
-                    format!(
-                        "build arg {name} is longer than the {ARGUMENT_BYTES} bytes that this build tool takes"
-                    ),
-                )));
-            }
+            check_argument(name, &argument)?;
             command.arg("--build-arg").arg(argument);
         }
-        for (id, content) in &self.secrets {
-            let file = self.secret_file(id, content).map_err(ToolError::Failed)?;
+        for (id, file) in secret_files::mounts(&self.secrets, &self.work).map_err(ToolError::Failed)? {
             command.arg("--secret").arg(format!("id={id},src={}", file.display()));
         }
         command.arg("--").arg(&request.context);
         Ok(command)
-    }
-
-    fn secret_file(&self, id: &str, content: &SecretString) -> Result<PathBuf, Failure> {
-        let refuse =
-            |problem: String| Failure::new(FailureReason::Internal, format!("secret `{id}` {problem}"));
-        if id.is_empty() || !id.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b)) {
-            return Err(refuse("has an id that is not letters, digits, '_', '.' and '-'".into()));
-        }
-        let bytes = base64::engine::general_purpose::STANDARD.decode(content.expose_secret());
-        let bytes = bytes.map_err(|_| refuse("is not base64".into()))?;
-        let file = self.work.join(format!("secret-{id}"));
-        write_private(&file, &bytes).map_err(|error| refuse(format!("cannot be written: {error}")))?;
-        Ok(file)
     }
 
     /// The containers that this run's builds left behind.
@@ -183,6 +160,7 @@ impl BuildTool for Buildah {
     }
 
     async fn build(&self, request: &BuildRequest) -> Result<Built, ToolError> {
+        refuse_what_it_cannot(request)?;
         let output = self.children.output();
         output.restart_steps();
         let memory = Memory::new();
@@ -193,14 +171,15 @@ impl BuildTool for Buildah {
             return Err(failure::of_build(&ended, &work, output.last_step().as_ref(), memory.exhausted()));
         }
         let image = std::fs::read_to_string(self.work.join("image-id")).map_err(cannot_run)?;
-        Ok(Built { image: image.trim().to_owned() })
+        Ok(Built { image: image.trim().to_owned(), platform: request.platform.clone().unwrap_or_default() })
     }
 
     async fn push(&self, built: &Built, to: &ImageReference) -> Result<Digest, ToolError> {
         let digest_file = self.work.join("pushed-digest");
         // Only now, when no step can be at work that could read it.
         let credentials = self.work.join(TO_PUSH);
-        write_private(&credentials, files::credentials(&self.to_push).as_bytes()).map_err(cannot_run)?;
+        write_private(&credentials, secret_files::registry_logins(&self.to_push).as_bytes())
+            .map_err(cannot_run)?;
         let mut command = self.remote_command("push", TO_PUSH);
         command
             .arg("--digestfile")
@@ -239,6 +218,20 @@ impl BuildTool for Buildah {
             let _ = self.children.run(command, Show::Nothing).await;
         }
         self.leftover_containers().is_empty()
+    }
+}
+
+/// What buildah would read as something else is refused by its name.
+fn refuse_what_it_cannot(request: &BuildRequest) -> Result<(), ToolError> {
+    let text = std::fs::read(&request.dockerfile).map_err(cannot_run)?;
+    match dockerfile::heredoc(&String::from_utf8_lossy(&text)) {
+        Some(line) => Err(ToolError::Failed(Failure::new(
+            FailureReason::Dockerfile,
+            format!(
+                "the Dockerfile has a heredoc in line {line}, which buildah does not know: it takes BuildKit"
+            ),
+        ))),
+        None => Ok(()),
     }
 }
 

@@ -17,6 +17,7 @@ use tokio::process::Command;
 use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 
+use crate::buildkit::Plain;
 use crate::output::Output;
 
 /// What a child may see of the builder's environment: where programs, time zones and certificates are, and proxies.
@@ -56,6 +57,8 @@ pub(crate) enum Show {
     Output,
     /// To the output, and its steps are noted.
     Steps,
+    /// As [`Show::Steps`], of BuildKit's progress events as plain text; what is no event is kept as the tail.
+    Events,
 }
 
 /// A child that has ended.
@@ -77,7 +80,7 @@ impl Children {
     }
 
     /// A command in the work folder `work`, which holds its home and temporary files.
-    pub(crate) fn command(program: &str, work: &Path) -> Command {
+    pub(crate) fn command(program: &Path, work: &Path) -> Command {
         let mut command = Command::new(program);
         let passed = std::env::vars_os().filter(|(name, _)| PASSED_ON.iter().any(|passed| name == passed));
         command.env_clear().envs(passed.collect::<Vec<(OsString, OsString)>>());
@@ -97,38 +100,60 @@ impl Children {
         let reader = pipe::Receiver::from_owned_fd(reader.into())?;
         let pump = self.pumps.spawn(pass_on(reader, self.output.clone(), show));
         let status = child.wait().await?;
-        self.end_descendants().await;
+        end_descendants().await;
         let tail = pump.await.map_err(io::Error::other)?;
         Ok(Finished { status, tail })
     }
 
     /// Ends every child and passes on the rest of their output.
     pub(crate) async fn end_all(&self) {
-        self.end_descendants().await;
+        end_descendants().await;
         self.pumps.close();
         let _ = timeout(ENDING, self.pumps.wait()).await;
         self.pumps.reopen();
     }
+}
 
-    async fn end_descendants(&self) {
-        let end_them = async {
-            // Who is killed leaves its own children to this process: so again, until there are none.
-            while let Some(children) = children_of_this_process().filter(|children| !children.is_empty()) {
-                for pid in children {
-                    // A child that wasn't waited for keeps its pid: this can't hit a stranger.
-                    let _ = kill_process(pid, Signal::KILL);
-                    let _ = waitpid(Some(pid), WaitOptions::NOHANG);
-                }
-                sleep(Duration::from_millis(2)).await;
+/// Ends every descendant of this process, to which orphans come.
+pub(crate) async fn end_descendants() {
+    let end_them = async {
+        // Who is killed leaves its own children to this process: so again, until there are none.
+        while let Some(children) = children_of_this_process().filter(|children| !children.is_empty()) {
+            for pid in children {
+                // A child that wasn't waited for keeps its pid: this can't hit a stranger.
+                let _ = kill_process(pid, Signal::KILL);
+                let _ = waitpid(Some(pid), WaitOptions::NOHANG);
             }
-        };
-        let _ = timeout(ENDING, end_them).await;
+            sleep(Duration::from_millis(2)).await;
+        }
+    };
+    let _ = timeout(ENDING, end_them).await;
+}
+
+/// Takes notice of orphans that have ended; `own` is waited for elsewhere.
+pub(crate) fn reap_orphans(own: Option<Pid>) {
+    for pid in children_of_this_process().unwrap_or_default() {
+        if Some(pid) != own {
+            let _ = waitpid(Some(pid), WaitOptions::NOHANG);
+        }
     }
 }
 
 async fn pass_on(mut reader: pipe::Receiver, output: Output, show: Show) -> String {
-    let mut tail = Vec::new();
     let mut buffer = vec![0; 64 * 1024];
+    if show == Show::Events {
+        let mut plain = Plain::default();
+        let write = |text: &[u8]| {
+            output.write(text);
+            output.note_steps(text);
+        };
+        while let Ok(length @ 1..) = reader.read(&mut buffer).await {
+            write(&plain.push(buffer.get(..length).unwrap_or_default()));
+        }
+        write(&plain.finish());
+        return plain.words().to_owned();
+    }
+    let mut tail = Vec::new();
     while let Ok(length @ 1..) = reader.read(&mut buffer).await {
         let piece = buffer.get(..length).unwrap_or_default();
         if show != Show::Nothing {

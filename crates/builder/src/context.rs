@@ -92,7 +92,7 @@ impl Git<'_> {
     }
 
     async fn run(&self, arguments: &[&str]) -> Result<Finished, Failure> {
-        let mut git = Children::command("git", self.work);
+        let mut git = Children::command(Path::new("git"), self.work);
         git.env("GIT_DIR", self.work.join("git"))
             .env("GIT_WORK_TREE", self.work.join("source"))
             .env("GIT_CONFIG_NOSYSTEM", "1")

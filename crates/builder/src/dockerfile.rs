@@ -1,4 +1,4 @@
-//! The images that a Dockerfile names. Everything else in it is the build tool's to read.
+//! The images that a Dockerfile names, and whether it has heredocs. Everything else in it is the build tool's to read.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,10 +23,13 @@ pub(crate) struct Images {
 }
 
 impl Images {
+    pub(crate) fn all(&self) -> impl Iterator<Item = &ImageReference> {
+        self.froms.iter().filter_map(|from| from.reference.as_ref()).chain(&self.others)
+    }
+
     /// `host[:port]` of each.
     pub(crate) fn registries(&self) -> BTreeSet<&str> {
-        let froms = self.froms.iter().filter_map(|from| from.reference.as_ref());
-        froms.chain(&self.others).map(ImageReference::registry).collect()
+        self.all().map(ImageReference::registry).collect()
     }
 }
 
@@ -80,6 +83,28 @@ fn from_flag(word: &str) -> Option<&str> {
     let name = word.strip_prefix("--from=");
     let mount = || word.strip_prefix("--mount=")?.split(',').find_map(|part| part.strip_prefix("from="));
     name.or_else(mount).map(unquoted)
+}
+
+/// The number of the first line that begins a heredoc (`RUN <<EOF`).
+pub(crate) fn heredoc(dockerfile: &str) -> Option<usize> {
+    let mut lines = dockerfile.lines().enumerate();
+    let found = lines.find(|(_, line)| {
+        let mut words = line.split_whitespace();
+        let takes_one = words
+            .next()
+            .is_some_and(|word| ["RUN", "COPY", "ADD"].iter().any(|name| word.eq_ignore_ascii_case(name)));
+        takes_one && words.any(begins_heredoc)
+    });
+    found.map(|(at, _)| at + 1)
+}
+
+/// As BuildKit reads it: a word of digits (a file's number), `<<`, perhaps `-`, and the mark that ends it.
+fn begins_heredoc(word: &str) -> bool {
+    let mark = word.trim_start_matches(|c: char| c.is_ascii_digit()).strip_prefix("<<");
+    mark.is_some_and(|mark| {
+        let mark = mark.strip_prefix('-').unwrap_or(mark);
+        !mark.is_empty() && !mark.contains('<')
+    })
 }
 
 /// Platform arguments that every Dockerfile may use in FROM.
@@ -197,5 +222,18 @@ mod tests {
         assert_eq!(Vec::from_iter(images.registries()), ["a.test", "b.test:5000", "c.test"]);
         let hub = super::images("FROM busybox", &BTreeMap::new());
         assert_eq!(Vec::from_iter(hub.registries()), ["docker.io"]);
+    }
+
+    #[test]
+    fn heredocs() {
+        for (dockerfile, line) in [
+            ("FROM a\nRUN <<EOF\nx\nEOF", Some(2)),
+            ("FROM a\n\ncopy <<-\"A\" <<B /", Some(3)),
+            ("FROM a\nRUN cat 3<<EOF", Some(2)),
+            ("FROM a\nRUN echo $((1<<x)) <<<word", None),
+            ("FROM a\nLABEL x=<<EOF", None),
+        ] {
+            assert_eq!(heredoc(dockerfile), line, "{dockerfile}");
+        }
     }
 }

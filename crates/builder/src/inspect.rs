@@ -11,8 +11,11 @@ use rustix::process::geteuid;
 use tokio::process::Command;
 
 use crate::buildah::{Storage, boot_id};
-use crate::leftovers;
+use crate::buildkit::Place;
+use crate::choice::{Tool, choose, missing};
+use crate::{leftovers, programs};
 
+const TOOL: &str = "build tool";
 /// How long a program may take to say its version.
 const VERSION: Duration = Duration::from_secs(5);
 
@@ -22,11 +25,12 @@ const NAMESPACES: &str = "without root this needs user namespaces (`sysctl user.
 
 /// The programs that a builder runs, and whether the build tool can stack layers in `settings.storage`.
 pub async fn tools(settings: &Settings) -> Vec<Finding> {
+    if choose(settings) == Ok(Tool::Buildkit) {
+        let (git, buildctl) = tokio::join!(git(), buildctl(settings));
+        return vec![git, buildctl, daemon(settings)];
+    }
     let (git, buildah, user, isolation, storage) = tokio::join!(
-        program(
-            "git",
-            "install git on every host of a resolver or a builder (`apt install git`), on the PATH of the roles",
-        ),
+        git(),
         program(
             "buildah",
             "install it on the engine's host (`apt install buildah`), on the PATH of the orchestrators there",
@@ -35,7 +39,61 @@ pub async fn tools(settings: &Settings) -> Vec<Finding> {
         isolation(settings),
         storage(settings),
     );
-    vec![git, buildah, user, isolation, storage]
+    let tool = choose(settings).map_or_else(
+        |problem| Finding::problem(TOOL, problem, "or set `engine.local.builder` to `auto` or `buildah`"),
+        |tool| match missing(settings) {
+            Some(program) => {
+                Finding::ok(TOOL, format!("{}, as `{program}` is not there for BuildKit", tool.name()))
+            }
+            None => Finding::ok(TOOL, format!("{}, as configured", tool.name())),
+        },
+    );
+    vec![git, tool, buildah, user, isolation, storage]
+}
+
+async fn git() -> Finding {
+    program(
+        "git",
+        "install git on every host of a resolver or a builder (`apt install git`), on the PATH of the roles",
+    )
+    .await
+}
+
+async fn buildctl(settings: &Settings) -> Finding {
+    let remedy = "see whether it runs by hand; `scripts/bootstrap --buildkit` brings it";
+    match programs::find("buildctl", settings.programs.as_deref()) {
+        Some(found) => match first_line(&found.display().to_string(), "--version").await {
+            Ok(says) => Finding::ok(TOOL, format!("buildkit, by {says}")),
+            Err(error) => Finding::problem(TOOL, format!("{}: {error}", found.display()), remedy),
+        },
+        None => Finding::problem(TOOL, "buildctl is not there", remedy),
+    }
+}
+
+/// Whether the own daemon lives; it need not, as the next build starts it.
+fn daemon(settings: &Settings) -> Finding {
+    const PART: &str = "buildkitd";
+    let addresses = &settings.buildkit.addresses;
+    if !addresses.is_empty() {
+        return Finding::ok(PART, format!("not Kiln's own: {}", addresses.join(", ")));
+    }
+    let place = Place::of(settings);
+    let socket = place.socket();
+    match std::os::unix::net::UnixStream::connect(&socket) {
+        Ok(_) => Finding::ok(PART, format!("answers at {}", socket.display())),
+        Err(_) if !place.is_kept().unwrap_or(false) => {
+            Finding::ok(PART, "not started: the next build does that")
+        }
+        Err(error) => Finding::problem(
+            PART,
+            format!("lives, and does not answer at {}: {error}", socket.display()),
+            format!(
+                "see {}; `fuser -k {}` ends it",
+                place.log().display(),
+                place.folder().join("keeper.lock").display()
+            ),
+        ),
+    }
 }
 
 /// Whether a program is there, by what it says of its version.

@@ -1,20 +1,25 @@
 //! The work of a run, from its spec to the image at the target.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::limits;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run::{Base, Findings, RunSpec, Work};
 use kiln_domain::source::DockerfileSource;
+use secrecy::SecretString;
 use tokio::time::{Duration, Instant, sleep};
 
 use crate::buildah::Buildah;
+use crate::buildkit::{Buildkit, Lease};
 use crate::children::Children;
+use crate::choice::{Tool, choose};
 use crate::context;
 use crate::dockerfile::{self, From};
 use crate::folder::{Folder, Task};
-use crate::target::{PATIENCE, Target};
+use crate::target::{PATIENCE, Target, registry};
 use crate::tool::{BuildRequest, BuildTool, Built, ToolError};
 
 /// How soon a registry that refuses connections is asked again.
@@ -26,6 +31,8 @@ pub(crate) struct Job<'a> {
     pub(crate) task: &'a Task,
     pub(crate) children: &'a Children,
     pub(crate) deadline: Instant,
+    /// Of Kiln's own BuildKit daemon, where that is used; the error says why it can't be.
+    pub(crate) lease: &'a Result<Option<Arc<Lease>>, String>,
 }
 
 /// What is known of a job that hasn't come to its end.
@@ -74,7 +81,7 @@ impl Job<'_> {
         work: &Path,
         progress: &mut Progress,
     ) -> Result<Digest, Failure> {
-        let Task { spec, secrets, settings } = self.task;
+        let Task { spec, secrets, .. } = self.task;
         self.say(&format!("fetching {} at {commit}", source.remote_uri));
         let context = context::fetch(source, commit, secrets, work, self.children).await?;
         let text = std::fs::read(&context.dockerfile).map_err(|error| no_room("the Dockerfile", &error))?;
@@ -94,11 +101,9 @@ impl Job<'_> {
             .filter(|host| is_plain(spec, host))
             .map(str::to_owned)
             .collect();
-        let tool = Buildah::new(settings, work, self.children, &to_pull, to_push, &plain, &secrets.mounts)
-            .map_err(|error| no_room("the build tool's files", &error))?
-            .with_no_cache(spec.no_cache);
+        let tool = self.tool(work, to_pull, to_push, &plain, base_ref)?;
         progress.findings.build_tool = tool.name().into();
-        let tool = progress.tool.insert(Box::new(tool));
+        let tool = progress.tool.insert(tool);
 
         let request = BuildRequest {
             dockerfile: context.dockerfile,
@@ -107,6 +112,10 @@ impl Job<'_> {
             target: source.target.clone(),
             no_cache: spec.no_cache,
             platform: source.platform.clone(),
+            images: images.all().cloned().collect(),
+            push_to: base_ref.clone(),
+            repository: source.remote_uri.clone(),
+            path: source.dockerfile().to_owned(),
         };
         let since = Instant::now();
         let built = loop {
@@ -121,6 +130,39 @@ impl Job<'_> {
             match tool.push(built, base_ref).await {
                 Ok(digest) => return Ok(digest),
                 Err(error) => self.wait(error, since, base_ref.registry()).await?,
+            }
+        }
+    }
+
+    /// `to_pull` and `to_push`: host → login, of the registries at hand alone; `plain`: those of them that are spoken to
+    /// without TLS.
+    fn tool(
+        &self,
+        work: &Path,
+        to_pull: BTreeMap<String, SecretString>,
+        to_push: BTreeMap<String, SecretString>,
+        plain: &[String],
+        base_ref: &ImageReference,
+    ) -> Result<Box<dyn BuildTool>, Failure> {
+        let Task { spec, secrets, settings } = self.task;
+        let no_files = |error| no_room("the build tool's files", &error);
+        let mounts = &secrets.mounts;
+        let chosen = choose(settings).map_err(|problem| Failure::new(FailureReason::Internal, problem))?;
+        match chosen {
+            Tool::Buildah => {
+                let tool = Buildah::new(settings, work, self.children, &to_pull, to_push, plain, mounts);
+                Ok(Box::new(tool.map_err(no_files)?.with_no_cache(spec.no_cache)))
+            }
+            Tool::Buildkit => {
+                let lease = self.lease.as_ref().map_err(|problem| {
+                    Failure::new(FailureReason::Internal, format!("cannot use BuildKit's daemon: {problem}"))
+                })?;
+                let registry = registry(spec, secrets, self.deadline)?;
+                // No step can read them: buildctl holds them, and steps run in the daemon.
+                let logins = to_pull.into_iter().chain(to_push).collect();
+                let tool =
+                    Buildkit::new(settings, work, self.children, &logins, mounts, lease.clone(), registry);
+                Ok(Box::new(tool.map_err(no_files)?.with_plain_push(is_plain(spec, base_ref.registry()))))
             }
         }
     }

@@ -12,7 +12,9 @@
 //! down), has no outcome: that is no answer to whether the build succeeds, and the run counts as lost.
 
 mod buildah;
+mod buildkit;
 mod children;
+mod choice;
 mod context;
 mod dockerfile;
 mod folder;
@@ -22,27 +24,34 @@ mod leftovers;
 mod lock;
 mod memory;
 mod output;
+mod programs;
+mod registry_error;
+mod secret_files;
 mod stop;
 mod target;
 mod tool;
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_domain::failure::{Failure, FailureReason};
-use kiln_domain::run::{Outcome, RunResult};
+use kiln_domain::run::{Outcome, RunResult, Work};
 use tokio::time::{Instant, timeout};
 
+pub use crate::buildkit::keep as keep_buildkitd;
+pub use crate::choice::{Tool, choose, missing};
 pub use crate::tool::{BuildRequest, BuildTool, Built, ToolError};
 
 use crate::buildah::Buildah;
+use crate::buildkit::Lease;
 use crate::children::Children;
 use crate::folder::{Folder, Task};
 use crate::job::{Job, Progress};
 use crate::lock::{LockError, RunLock};
 use crate::output::Output;
-use crate::stop::Stops;
+use crate::stop::{Stop, Stops};
 
 /// For what is cleared after a build.
 const CLEARING: Duration = Duration::from_secs(60);
@@ -82,6 +91,7 @@ pub fn run(run: &Path) -> Exit {
         Ok(run) => run,
         Err(error) => return broken(&output, &format!("no run in `{}`: {error}", run.display())),
     };
+    let lease = lease(&Folder::new(&run));
     let _lock = match RunLock::take(&run) {
         Ok(lock) => lock,
         Err(LockError::Held) => return Exit::Held,
@@ -106,7 +116,23 @@ pub fn run(run: &Path) -> Exit {
         Ok(runtime) => runtime,
         Err(error) => return broken(&output, &format!("cannot begin: {error}")),
     };
-    if over { runtime.block_on(clear_old(&folder, output)) } else { runtime.block_on(work(&folder, output)) }
+    if over {
+        runtime.block_on(clear_old(&folder, output))
+    } else {
+        runtime.block_on(work(&folder, output, &lease))
+    }
+}
+
+/// Takes Kiln's own BuildKit daemon into use, where this run is one for it.
+fn lease(folder: &Folder) -> Result<Option<Arc<Lease>>, String> {
+    // What can't be read here is told of where it is needed.
+    let (Ok(spec), Ok(settings)) = (folder.spec(), folder.settings()) else { return Ok(None) };
+    let over = folder.is_revoked() || folder.has_outcome() || folder.has_recorded_target();
+    let own = settings.buildkit.addresses.is_empty() && choose(&settings) == Ok(Tool::Buildkit);
+    if over || !own || !matches!(spec.work, Work::Build { .. }) {
+        return Ok(None);
+    }
+    Lease::take(&settings).map(|lease| Some(Arc::new(lease))).map_err(|error| error.to_string())
 }
 
 fn broken(output: &Output, problem: &str) -> Exit {
@@ -114,7 +140,7 @@ fn broken(output: &Output, problem: &str) -> Exit {
     Exit::Broken
 }
 
-async fn work(folder: &Folder, output: Output) -> Exit {
+async fn work(folder: &Folder, output: Output, lease: &Result<Option<Arc<Lease>>, String>) -> Exit {
     let begun = Instant::now();
     let prepared = folder.task().map_err(|error| describe(&error)).and_then(|task| {
         let children = Children::new(output.clone()).map_err(|error| describe(&error))?;
@@ -133,7 +159,7 @@ async fn work(folder: &Folder, output: Output) -> Exit {
         }
     };
     let deadline = begun + task.spec.timeout();
-    let job = Job { folder, task: &task, children: &children, deadline };
+    let job = Job { folder, task: &task, children: &children, deadline, lease };
     let mut progress = Progress::default();
     let ended = tokio::select! {
         biased;
@@ -141,6 +167,8 @@ async fn work(folder: &Folder, output: Output) -> Exit {
         stop = stops.wait(folder, deadline, &output) => Err(stop),
     };
     let ended = match ended {
+        // What the build tool works with is gone: that says nothing of the build.
+        Ok(Err(failure)) if failure.reason == FailureReason::EngineLost => Err(Stop::Lost(failure.message)),
         Ok(Err(failure)) => stops.loss(folder).await.map_or(Ok(Err(failure)), Err),
         ended => ended,
     };

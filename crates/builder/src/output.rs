@@ -20,6 +20,7 @@ pub(crate) struct Output {
 struct Steps {
     running: StepTimes,
     done: Vec<Step>,
+    failed: Option<Step>,
 }
 
 impl Output {
@@ -59,6 +60,9 @@ impl Output {
     /// The build tool has ended, and with it the last step.
     pub(crate) fn end_steps(&self) {
         let mut steps = lock(&self.steps);
+        if let Some(failed) = steps.running.failed().cloned() {
+            steps.failed.get_or_insert(failed);
+        }
         let ended = std::mem::take(&mut steps.running).finish(now());
         steps.done.extend(ended);
     }
@@ -67,6 +71,11 @@ impl Output {
     pub(crate) fn last_step(&self) -> Option<Step> {
         let steps = lock(&self.steps);
         steps.running.current().or(steps.done.last()).cloned()
+    }
+
+    /// The step that the build tool said to have failed.
+    pub(crate) fn failed_step(&self) -> Option<Step> {
+        lock(&self.steps).failed.clone()
     }
 
     /// All steps, the running one ended now.

@@ -23,6 +23,8 @@ pub(crate) enum Stop {
     Revoked,
     /// Asked to end by a signal.
     Terminated,
+    /// What the build tool works with is gone.
+    Lost(String),
     /// The output can't be written any more.
     Output(String),
 }
@@ -79,7 +81,7 @@ impl Stop {
     /// Whether it says nothing of the build: the host goes down, or the run is no longer the build's. Then there is to be
     /// no outcome, so that the run counts as lost and may be followed by another.
     pub(crate) fn is_loss(&self) -> bool {
-        matches!(self, Self::Revoked | Self::Terminated)
+        matches!(self, Self::Revoked | Self::Terminated | Self::Lost(_))
     }
 
     /// What is told of it. Of a loss only the log tells; whether a build is *cancelled* is decided by the journal.
@@ -98,6 +100,7 @@ impl Stop {
             Self::Cancelled => Failure::new(FailureReason::Internal, "the build was cancelled"),
             Self::Revoked => Failure::new(FailureReason::Internal, "the run was revoked"),
             Self::Terminated => Failure::new(FailureReason::Internal, "the builder was told to end"),
+            Self::Lost(problem) => Failure::new(FailureReason::EngineLost, problem.clone()),
             Self::Output(trouble) => Failure::new(
                 FailureReason::Internal,
                 format!("the build's output cannot be written: {trouble}"),

@@ -35,16 +35,8 @@ impl<'a> Target<'a> {
         secrets: &RunSecrets,
         deadline: Instant,
     ) -> Result<Self, Failure> {
-        kiln_registry::install_crypto_provider();
-        let to_pull = keyring(secrets.registries.iter())?;
-        let to_push = keyring(secrets.registries.iter().chain(&secrets.push))?;
-        let mut access = Access::new(Arc::new(to_pull), deadline);
-        access.push_keychain = Some(Arc::new(to_push));
-        access.patience = PATIENCE;
-        access.insist_on = Some(spec.target_ref.registry().to_owned());
-        access.wait_out_limits = true;
-        let config = Config { plain_http: spec.plain_http.clone(), ..Config::default() };
-        Ok(Self { folder, spec, registry: OciRegistry::new(config), access })
+        let (registry, access) = registry(spec, secrets, deadline)?;
+        Ok(Self { folder, spec, registry, access })
     }
 
     /// Makes the target the same image as `from`.
@@ -97,6 +89,24 @@ impl<'a> Target<'a> {
     }
 }
 
+/// Registries as a run asks them: with its credentials alone, until `deadline`.
+pub(crate) fn registry(
+    spec: &RunSpec,
+    secrets: &RunSecrets,
+    deadline: Instant,
+) -> Result<(OciRegistry, Access), Failure> {
+    kiln_registry::install_crypto_provider();
+    let to_pull = keyring(secrets.registries.iter())?;
+    let to_push = keyring(secrets.registries.iter().chain(&secrets.push))?;
+    let mut access = Access::new(Arc::new(to_pull), deadline);
+    access.push_keychain = Some(Arc::new(to_push));
+    access.patience = PATIENCE;
+    access.insist_on = Some(spec.target_ref.registry().to_owned());
+    access.wait_out_limits = true;
+    let config = Config { plain_http: spec.plain_http.clone(), ..Config::default() };
+    Ok((OciRegistry::new(config), access))
+}
+
 /// Of two logins for a host, the later one counts.
 fn keyring<'a>(logins: impl Iterator<Item = (&'a String, &'a SecretString)>) -> Result<Keyring, Failure> {
     let mut keyring = Keyring::default();
@@ -108,7 +118,7 @@ fn keyring<'a>(logins: impl Iterator<Item = (&'a String, &'a SecretString)>) -> 
     Ok(keyring)
 }
 
-fn failure(error: &Error, from: &ImageReference, to: &ImageReference) -> Failure {
+pub(crate) fn failure(error: &Error, from: &ImageReference, to: &ImageReference) -> Failure {
     let reason = match error {
         Error::Unauthenticated { .. } | Error::Denied { .. } => FailureReason::RegistryDenied,
         Error::NoCredential { .. }

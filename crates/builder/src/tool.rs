@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use async_trait::async_trait;
-use kiln_domain::failure::Failure;
+use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
 
@@ -19,6 +19,13 @@ pub struct BuildRequest {
     pub target: String,
     pub no_cache: bool,
     pub platform: Option<Platform>,
+    /// The images that it names: those of FROM lines, and those that files come from.
+    pub images: Vec<ImageReference>,
+    /// The git remote that it comes from, and the Dockerfile's path there.
+    pub repository: String,
+    pub path: String,
+    /// Where the image is going to be pushed.
+    pub push_to: ImageReference,
 }
 
 /// An image that a build tool has made and keeps.
@@ -26,6 +33,7 @@ pub struct BuildRequest {
 pub struct Built {
     /// The tool's own name for it.
     pub image: String,
+    pub platform: Platform,
 }
 
 /// Why a build tool could not do what it was asked.
@@ -40,6 +48,9 @@ pub enum ToolError {
     },
     #[error("{0}")]
     Failed(Failure),
+    /// What the tool works with is gone; another run of the build may succeed.
+    #[error("{0}")]
+    Lost(String),
 }
 
 impl ToolError {
@@ -47,6 +58,7 @@ impl ToolError {
     pub fn into_failure(self) -> Failure {
         match self {
             Self::Refused { failure, .. } | Self::Failed(failure) => failure,
+            Self::Lost(problem) => Failure::new(FailureReason::EngineLost, problem),
         }
     }
 }
@@ -54,7 +66,7 @@ impl ToolError {
 /// Executes a Dockerfile, and pushes what came out. One build at a time.
 #[async_trait]
 pub trait BuildTool: Send + Sync {
-    /// "buildah".
+    /// "buildah", "buildkit".
     fn name(&self) -> &'static str;
 
     /// Executes the Dockerfile; the steps go to the run's output.
@@ -69,4 +81,17 @@ pub trait BuildTool: Send + Sync {
     /// Removes what a build left that is of no use any more: containers, mounts, an image that no later build can use.
     /// Nothing of the run builds any more. False if something is left.
     async fn clear(&self, built: Option<&Built>) -> bool;
+}
+
+/// The longest argument that Linux takes.
+const ARGUMENT_BYTES: usize = 128 * 1024 - 1;
+
+/// Build args are arguments of a build tool: that one of this `name` is short enough.
+pub(crate) fn check_argument(name: &str, argument: &str) -> Result<(), ToolError> {
+    if argument.len() <= ARGUMENT_BYTES {
+        return Ok(());
+    }
+    let message =
+        format!("build arg {name} is longer than the {ARGUMENT_BYTES} bytes that a build tool takes");
+    Err(ToolError::Failed(Failure::new(FailureReason::Dockerfile, message)))
 }

@@ -88,6 +88,11 @@ pub trait Engine: Send + Sync {
         None
     }
 
+    /// What its builders execute Dockerfiles with ("buildah", "buildkit"), where that is known before one has begun.
+    fn build_tool(&self) -> Option<String> {
+        None
+    }
+
     /// Starts a run; of a run that was started before (also by another process) it gives the handle.
     /// [`EngineError::Revoked`] after [`Engine::revoke`].
     async fn start(&self, spec: &RunSpec, secrets: &RunSecrets) -> Result<Handle, EngineError>;

@@ -41,10 +41,72 @@ pub const CANCEL: &str = "cancel";
 /// The builder's own folder: checkout, credentials of its tools, temporary files.
 pub const WORK: &str = "work";
 
+/// What executes Dockerfiles.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Builder {
+    /// BuildKit where it is found, else buildah.
+    #[default]
+    Auto,
+    Buildkit,
+    Buildah,
+}
+
+/// How BuildKit is used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Buildkit {
+    /// Daemons (`tcp://HOST:PORT` or `unix:///PATH`) of which each build uses one. None: Kiln's own, on this host.
+    pub addresses: Vec<String>,
+    /// How daemons at a `tcp://` address are spoken to.
+    pub tls: Option<BuildkitTls>,
+    /// What a `# syntax=` line may name besides `docker/dockerfile`, which is built in.
+    pub frontends: Vec<String>,
+    /// How large the own daemon's cache may grow.
+    pub cache_bytes: u64,
+    /// How long the own daemon lives on without a build.
+    pub idle_seconds: u64,
+    /// Registry hosts (`host[:port]`) that the own daemon speaks to in plain HTTP; loopback is, without being named.
+    pub plain_http: Vec<String>,
+}
+
+/// PEM files for mutual TLS.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BuildkitTls {
+    /// Of who signed the daemons' certificates.
+    pub ca: PathBuf,
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    /// The name in the daemons' certificates, where it isn't their host's.
+    #[serde(default)]
+    pub server_name: Option<String>,
+}
+
+impl Default for Buildkit {
+    fn default() -> Self {
+        Self {
+            addresses: Vec::new(),
+            tls: None,
+            frontends: Vec::new(),
+            cache_bytes: 20_000_000_000,
+            idle_seconds: 600,
+            plain_http: Vec::new(),
+        }
+    }
+}
+
 /// What the installation says of its builders; the same for each run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
+    #[serde(default)]
+    pub builder: Builder,
+    #[serde(default)]
+    pub buildkit: Buildkit,
+    /// A folder of programs besides those on the PATH.
+    #[serde(default)]
+    pub programs: Option<PathBuf>,
     /// The folder in which the build tool keeps layers, common to all runs.
     pub storage: PathBuf,
     /// How the build tool stacks layers: `overlay` (root or a recent kernel), or `vfs` (everywhere, slower).
@@ -58,7 +120,14 @@ pub struct Settings {
 impl Settings {
     /// The defaults, with layers kept in `storage`.
     pub fn new(storage: PathBuf) -> Self {
-        Self { storage, storage_driver: overlay(), isolation: chroot() }
+        Self {
+            builder: Builder::default(),
+            buildkit: Buildkit::default(),
+            programs: None,
+            storage,
+            storage_driver: overlay(),
+            isolation: chroot(),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Steps of a Dockerfile, and how a build tool's plain output tells of them.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -49,11 +50,48 @@ impl StepLine {
     }
 }
 
+/// What a line of BuildKit's plain output tells of the vertex that it begins with (`#5 `). A line that a step itself
+/// wrote has a time there, so that it can't be taken for one of these.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VertexLine {
+    /// `#5 [build 2/3] RUN make`, with or without stage and platform. Vertexes that are no step of the Dockerfile
+    /// (`[internal] …`, `exporting to image`) are not told of.
+    Begun(StepLine),
+    Cached,
+    Done,
+    Failed,
+    /// Ended because another failed, or the build was cancelled.
+    Cancelled,
+}
+
+impl VertexLine {
+    /// The vertex's number and what is told of it.
+    pub fn parse(line: &str) -> Option<(u32, Self)> {
+        let (vertex, rest) = line.strip_prefix('#')?.split_once(' ')?;
+        let told = match rest.split(' ').next()? {
+            "CACHED" => Self::Cached,
+            "DONE" => Self::Done,
+            "ERROR:" => Self::Failed,
+            "CANCELED" => Self::Cancelled,
+            _ => {
+                let (place, name) = rest.strip_prefix('[')?.split_once("] ")?;
+                let (number, of) = place.rsplit(' ').next()?.split_once('/')?;
+                let name = limits::truncated(name.trim().to_owned(), limits::NAME_BYTES);
+                Self::Begun(StepLine { number: number.parse().ok()?, of: of.parse().ok()?, name })
+            }
+        };
+        Some((vertex.parse().ok()?, told))
+    }
+}
+
 /// Collects steps and their times from an output as it comes, in pieces of any size.
 #[derive(Debug, Default)]
 pub struct StepTimes {
     line: Vec<u8>,
     steps: Vec<Step>,
+    /// BuildKit's vertexes that are steps, each with its place among them: they run at the same time.
+    vertexes: BTreeMap<u32, usize>,
+    failed: Option<usize>,
 }
 
 impl StepTimes {
@@ -78,6 +116,8 @@ impl StepTimes {
             if self.steps.len() < limits::STEPS {
                 self.steps.push(Step { number, of, name, started_at: now, duration_ms: None, cached: false });
             }
+        } else if let Some((vertex, told)) = VertexLine::parse(line) {
+            self.vertex(vertex, told, now);
         } else if line.starts_with("--> Using cache")
             && let Some(step) = self.steps.last_mut()
         {
@@ -85,16 +125,38 @@ impl StepTimes {
         }
     }
 
-    fn close(&mut self, now: Timestamp) {
-        if let Some(step) = self.steps.last_mut().filter(|step| step.duration_ms.is_none()) {
-            let took = Duration::try_from(now.duration_since(step.started_at)).unwrap_or_default();
-            step.duration_ms = Some(u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
+    fn vertex(&mut self, vertex: u32, told: VertexLine, now: Timestamp) {
+        if let VertexLine::Begun(StepLine { number, of, name }) = told {
+            if self.steps.len() < limits::STEPS && !self.vertexes.contains_key(&vertex) {
+                self.vertexes.insert(vertex, self.steps.len());
+                self.steps.push(Step { number, of, name, started_at: now, duration_ms: None, cached: false });
+            }
+            return;
+        }
+        let Some(&place) = self.vertexes.get(&vertex) else { return };
+        let Some(step) = self.steps.get_mut(place) else { return };
+        // A vertex may end more than once: an image is found, and later fetched.
+        step.duration_ms = Some(milliseconds(step.started_at, now));
+        step.cached |= told == VertexLine::Cached;
+        if told == VertexLine::Failed {
+            self.failed.get_or_insert(place);
         }
     }
 
-    /// The step that runs now.
+    fn close(&mut self, now: Timestamp) {
+        for step in self.steps.iter_mut().filter(|step| step.duration_ms.is_none()) {
+            step.duration_ms = Some(milliseconds(step.started_at, now));
+        }
+    }
+
+    /// The step that runs now; of several, the one that began last.
     pub fn current(&self) -> Option<&Step> {
-        self.steps.last().filter(|step| step.duration_ms.is_none())
+        self.steps.iter().rev().find(|step| step.duration_ms.is_none())
+    }
+
+    /// The step that was told to have failed first.
+    pub fn failed(&self) -> Option<&Step> {
+        self.steps.get(self.failed?)
     }
 
     /// Ends the last step and gives all of them.
@@ -102,6 +164,11 @@ impl StepTimes {
         self.close(now);
         self.steps
     }
+}
+
+fn milliseconds(from: Timestamp, to: Timestamp) -> u64 {
+    let took = Duration::try_from(to.duration_since(from)).unwrap_or_default();
+    u64::try_from(took.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -121,6 +188,44 @@ mod tests {
         ] {
             assert_eq!(StepLine::parse(line), expected, "{line}");
         }
+    }
+
+    #[test]
+    fn lines_of_vertexes() {
+        let begun = |vertex, number, of, name: &str| {
+            Some((vertex, VertexLine::Begun(StepLine { number, of, name: name.into() })))
+        };
+        for (line, expected) in [
+            ("#5 [2/3] RUN make", begun(5, 2, 3, "RUN make")),
+            ("#6 [linux/arm64 build 1/2] COPY [a] /", begun(6, 1, 2, "COPY [a] /")),
+            ("#6 CACHED", Some((6, VertexLine::Cached))),
+            ("#6 DONE 0.1s", Some((6, VertexLine::Done))),
+            ("#6 ERROR: process \"x\" did not complete successfully", Some((6, VertexLine::Failed))),
+            ("#6 CANCELED", Some((6, VertexLine::Cancelled))),
+            ("#1 [internal] load build context", None),
+            ("#6 0.123 #7 [2/3] RUN a step's own words", None),
+            ("#x DONE", None),
+            ("# 5", None),
+        ] {
+            assert_eq!(VertexLine::parse(line), expected, "{line}");
+        }
+    }
+
+    #[test]
+    fn vertexes_run_side_by_side() {
+        let at = |seconds| Timestamp::UNIX_EPOCH + jiff::SignedDuration::from_secs(seconds);
+        let mut times = StepTimes::default();
+        times.push(
+            b"#1 [internal] load .dockerignore\n#1 DONE 0.0s\n#2 [a 1/1] RUN x\n#3 [b 1/2] RUN y\n",
+            at(0),
+        );
+        times.push(b"#4 [b 2/2] COPY z\n#4 CACHED\n#2 0.2 #3 ERROR: no\n", at(1));
+        assert_eq!(times.current().map(|step| step.name.as_str()), Some("RUN y"));
+        assert_eq!(times.failed(), None);
+        times.push(b"#3 ERROR: exit code: 1\n#2 CANCELED\n", at(2));
+        assert_eq!(times.failed().map(|step| step.name.as_str()), Some("RUN y"));
+        let seen: Vec<_> = times.finish(at(9)).iter().map(|s| (s.number, s.duration_ms, s.cached)).collect();
+        assert_eq!(seen, [(1, Some(2000), false), (1, Some(2000), false), (2, Some(0), true)]);
     }
 
     #[test]

@@ -22,6 +22,8 @@ pub enum Change {
         by: InstanceId,
         handle: Handle,
         engine: String,
+        /// What the builder executes the Dockerfile with; empty where that is known only later, or nothing is executed.
+        build_tool: String,
     },
     /// The holder must stop it.
     CancelRequested {
@@ -149,7 +151,7 @@ pub fn apply(before: Option<&Record>, change: &Change) -> Result<Record, Illegal
             after.claimed_by = Some(by.clone());
             after.claims += 1;
         }
-        Change::Started { by, handle, engine } => {
+        Change::Started { by, handle, engine, build_tool } => {
             only_holder(by)?;
             if before.handle.is_some() {
                 return refuse("this attempt was started before");
@@ -160,6 +162,7 @@ pub fn apply(before: Option<&Record>, change: &Change) -> Result<Record, Illegal
             after.state = State::Running;
             after.handle = Some(handle.clone());
             after.engine.clone_from(engine);
+            after.build_tool.clone_from(build_tool);
             after.message.clear();
             after.refused_starts = 0;
         }
@@ -301,7 +304,8 @@ mod tests {
             by.clone().prop_map(|by| Change::Started {
                 by,
                 handle: Handle::new("h"),
-                engine: "local".into()
+                engine: "local".into(),
+                build_tool: String::new(),
             }),
             Just(Change::CancelRequested { reason: "enough".into() }),
             (by.clone(), proptest::option::of(Just("no room".to_owned())))

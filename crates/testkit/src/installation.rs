@@ -14,6 +14,8 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 use tonic::transport::Channel;
 
+use crate::workshop::end_buildkit;
+
 const SOON: Duration = Duration::from_secs(60);
 
 /// A running `kiln up`. Its process is killed on drop, and with it its children; builders are waited for by nobody.
@@ -57,6 +59,8 @@ impl Installation {
     /// Starts it again on the same data directory.
     pub async fn start_again(&mut self) -> Result<()> {
         let stderr = std::fs::File::options().create(true).append(true).open(self.stderr())?;
+        // The same on every machine, unless the test is about another.
+        let named = self.arguments.iter().any(|argument| argument.starts_with("--builder"));
         let listeners = ["grpc", "registry", "nats", "health", "metrics"];
         let mut command = Command::new(&self.program);
         command
@@ -64,6 +68,7 @@ impl Installation {
             .arg(self.data())
             .args(listeners.map(|name| format!("--{name}-listen=127.0.0.1:0")))
             .args(&self.arguments)
+            .args(if named { &[] as &[&str] } else { &["--builder=buildah"] })
             .env("KILN_LOG_FORMAT", "text")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -177,6 +182,7 @@ impl Installation {
 
 impl Drop for Installation {
     fn drop(&mut self) {
+        end_buildkit(&self.data().join("layers"));
         unmount_under(self.folder.path());
     }
 }

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use kiln_domain::id::{BuildId, ImageKey, RunId};
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run::{RunSpec, Work};
-use kiln_domain::run_folder::Settings;
+use kiln_domain::run_folder::{Builder, Settings};
 use kiln_domain::source::DockerfileSource;
 use tempfile::TempDir;
 
@@ -23,6 +23,7 @@ pub struct Workshop {
     pub registry: DockerRegistry,
     folder: TempDir,
     made: AtomicU64,
+    builder: Builder,
 }
 
 /// A repository with one commit.
@@ -41,7 +42,28 @@ impl Workshop {
 
     /// One that pushes to this registry.
     pub fn with(registry: DockerRegistry) -> Result<Self> {
-        Ok(Self { registry, folder: TempDir::with_prefix("kiln-workshop-")?, made: AtomicU64::new(0) })
+        let folder = TempDir::with_prefix("kiln-workshop-")?;
+        Ok(Self { registry, folder, made: AtomicU64::new(0), builder: Builder::Buildah })
+    }
+
+    /// The same with another build tool than buildah.
+    pub fn using(mut self, builder: Builder) -> Self {
+        self.builder = builder;
+        self
+    }
+
+    /// One whose builds are done by BuildKit; none where that isn't there, which is said on standard error.
+    pub async fn with_buildkit(
+        missing: impl FnOnce(&Settings) -> Option<&'static str>,
+    ) -> Result<Option<Self>> {
+        let workshop = Self::new().await?.using(Builder::Buildkit);
+        match missing(&workshop.settings()) {
+            None => Ok(Some(workshop)),
+            Some(program) => {
+                eprintln!("left out: {program} is not here; `scripts/bootstrap --buildkit` brings BuildKit");
+                Ok(None)
+            }
+        }
     }
 
     /// A repository with these files, and the static `busybox` in its root and in each folder named in `busybox_in`.
@@ -110,7 +132,16 @@ impl Workshop {
     }
 
     pub fn settings(&self) -> Settings {
-        Settings::new(self.folder.path().join("storage"))
+        let mut settings = Settings::new(self.storage());
+        settings.builder = self.builder;
+        settings.programs = tools_folder();
+        settings.buildkit.idle_seconds = 60;
+        settings
+    }
+
+    /// Where build tools keep what they do.
+    pub fn storage(&self) -> PathBuf {
+        self.folder.path().join("storage")
     }
 
     /// What is at a reference in the registry.
@@ -175,6 +206,7 @@ impl Workshop {
 
 impl Drop for Workshop {
     fn drop(&mut self) {
+        end_buildkit(&self.storage());
         // buildah leaves its storage mounted on itself, and a test that failed leaves more.
         for mount in mounts_under(self.folder.path()).unwrap_or_default().iter().rev() {
             let _ = Command::new("umount").args(["--lazy", mount]).stderr(Stdio::null()).status();
@@ -205,6 +237,29 @@ pub fn git(repository: &Path, arguments: &[&str]) -> Result<String> {
         .context("git is missing")?;
     ensure!(output.status.success(), "git {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
+/// Ends the BuildKit daemon that keeps its layers in `storage`, where there is one: its keeper ends it with what it was told.
+pub(crate) fn end_buildkit(storage: &Path) {
+    let folder = storage.join("buildkit");
+    if std::fs::remove_file(folder.join("settings.json")).is_err() {
+        return;
+    }
+    let Ok(lock) = std::fs::File::open(folder.join("keeper.lock")) else { return };
+    for _ in 0..400 {
+        if rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockShared).is_ok() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Where `scripts/bootstrap` puts programs.
+#[expect(clippy::disallowed_methods, reason = "where a tool lies is the environment's to say")]
+pub fn tools_folder() -> Option<PathBuf> {
+    let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")))?;
+    Some(cache.join("kiln/tools/bin"))
 }
 
 /// The program to give to an engine: the builder by itself, an example of crate kiln-builder, compiled now if need be.

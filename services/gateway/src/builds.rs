@@ -231,6 +231,7 @@ impl BuildsApi {
         let timeout_ms = request::timeout_ms(request.timeout)?;
         let (source, mut secrets) = request::source(request.source, self.config.file_remotes)?;
         secrets.registry = request::registry_auth(request.auth)?;
+        secrets.mounts = request::mounts(request.secrets);
         let question = ask::Build {
             request_id: format!("{:032x}", rand::random::<u128>()),
             source: ask::source_to_json(&source).map_err(|error| status::of(&error))?,

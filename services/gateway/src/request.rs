@@ -1,9 +1,10 @@
 //! Checking what a client sends. Every error names the field as the API does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use kiln_contract::secrets::{RegistryAuth, Secrets};
 use kiln_domain::id::BuildId;
 use kiln_domain::limits;
@@ -110,10 +111,27 @@ fn check_host(field: &str, host: &str) -> Result<(), Status> {
     if fits { Ok(()) } else { Err(invalid(field, "a key must be a registry's host[:port]")) }
 }
 
+/// Build secrets, id → base64.
+pub(crate) fn mounts(secrets: HashMap<String, Vec<u8>>) -> BTreeMap<String, String> {
+    secrets.into_iter().map(|(id, content)| (id, STANDARD.encode(content))).collect()
+}
+
 /// Everything of a request to build that isn't its source, checked.
 pub(crate) fn check_build(request: &api::BuildImageRequest) -> Result<(), Status> {
-    if !request.secrets.is_empty() {
-        return Err(invalid("secrets", "build secrets are not supported by this installation's build tool"));
+    let from = request.source.as_ref().and_then(|source| source.from.as_ref());
+    if !request.secrets.is_empty() && matches!(from, Some(api::source::From::Image(_))) {
+        return Err(invalid("secrets", "only a Dockerfile takes secrets: an image is copied as it is"));
+    }
+    let is_id = |id: &str| {
+        (1..=255).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
+    };
+    if !request.secrets.keys().all(|id| is_id(id)) {
+        return Err(invalid("secrets", "an id must be letters, digits, '_', '.' and '-'"));
+    }
+    let secrets: usize = request.secrets.values().map(Vec::len).sum();
+    if secrets > limits::REQUEST_BYTES {
+        let problem = format!("have {secrets} bytes, more than the {} allowed", limits::REQUEST_BYTES);
+        return Err(invalid("secrets", problem));
     }
     check_text("owner", &request.owner).map_err(|error| Status::invalid_argument(error.to_string()))?;
     for (key, value) in &request.labels {
@@ -186,10 +204,27 @@ mod tests {
     }
 
     #[test]
+    fn build_secrets() {
+        let check = |id: &str, content: Vec<u8>, from| {
+            let secrets = [(id.to_owned(), content)].into();
+            let source = Some(api::Source { from: Some(from) });
+            check_build(&api::BuildImageRequest { secrets, source, ..Default::default() })
+        };
+        let dockerfile = || api::source::From::Dockerfile(Default::default());
+        assert!(check("npm.token_1-a", b"x".to_vec(), dockerfile()).is_ok());
+        for (id, content, from) in [
+            ("", b"x".to_vec(), dockerfile()),
+            ("a,src=/etc/shadow", b"x".to_vec(), dockerfile()),
+            ("../x", b"x".to_vec(), dockerfile()),
+            ("a", vec![0; limits::REQUEST_BYTES + 1], dockerfile()),
+            ("a", b"x".to_vec(), api::source::From::Image("x".into())),
+        ] {
+            assert!(check(id, content, from).unwrap_err().message().starts_with("secrets: "), "{id}");
+        }
+    }
+
+    #[test]
     fn fields_of_later_releases_are_refused_by_name() {
-        let secrets = [("id".to_owned(), b"x".to_vec())].into();
-        let request = api::BuildImageRequest { secrets, ..Default::default() };
-        assert!(check_build(&request).unwrap_err().message().starts_with("secrets: "));
         assert!(platform(&["linux/arm64".into()]).unwrap_err().message().contains("linux/arm64"));
         assert!(platform(&["linux/amd64".into(), "linux/arm64".into()]).is_err());
         assert_eq!(platform(&["linux/amd64".into()]).unwrap(), None);

@@ -11,6 +11,7 @@ use kiln_bus::seal::{OpenKey, SealKey};
 use kiln_bus::{Connect, Lease};
 use kiln_chassis::config::{Environment, Error, Problem, load};
 use kiln_chassis::telemetry;
+use kiln_domain::run_folder::{Builder, Buildkit};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
 
@@ -127,6 +128,9 @@ pub(crate) struct LocalEngine {
     pub(crate) storage_driver: Option<String>,
     /// `chroot`, `rootless` or `oci`.
     pub(crate) isolation: Option<String>,
+    /// `auto`, `buildkit` or `buildah`.
+    pub(crate) builder: Builder,
+    pub(crate) buildkit: Buildkit,
 }
 
 impl Default for Nats {
@@ -168,7 +172,13 @@ impl Default for Engine {
 
 impl Default for LocalEngine {
     fn default() -> Self {
-        Self { folder: "/var/lib/kiln".into(), storage_driver: None, isolation: None }
+        Self {
+            folder: "/var/lib/kiln".into(),
+            storage_driver: None,
+            isolation: None,
+            builder: Builder::default(),
+            buildkit: Buildkit::default(),
+        }
     }
 }
 
@@ -265,6 +275,28 @@ impl Config {
         );
         let Engine::Local(local) = &self.engine;
         wrong(!local.folder.is_absolute(), "engine.local.folder", "must be an absolute path");
+        let buildkit = &local.buildkit;
+        let addressed = |scheme: &str, address: &String| {
+            address.strip_prefix(scheme).is_some_and(|rest| !rest.is_empty())
+        };
+        wrong(
+            !buildkit
+                .addresses
+                .iter()
+                .all(|address| addressed("tcp://", address) || addressed("unix:///", address)),
+            "engine.local.buildkit.addresses",
+            "each must be tcp://HOST:PORT or unix:///PATH",
+        );
+        wrong(
+            buildkit.tls.is_none() && buildkit.addresses.iter().any(|address| addressed("tcp://", address)),
+            "engine.local.buildkit.tls",
+            "is missing: a daemon at a tcp:// address gets the credentials of builds",
+        );
+        wrong(
+            buildkit.cache_bytes < 100 << 20,
+            "engine.local.buildkit.cache_bytes",
+            "must be at least 100 MiB",
+        );
         problems
     }
 

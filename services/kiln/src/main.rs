@@ -46,6 +46,9 @@ enum Command {
     /// Work on one run: an engine starts this
     #[command(hide = true)]
     Builder(roles::builder::Options),
+    /// Keep a BuildKit daemon for as long as builders use it: a builder starts this
+    #[command(hide = true)]
+    KeepBuildkitd(roles::keep_buildkitd::Options),
     /// Become a program that ends with its parent: `kiln up` starts this
     #[command(hide = true)]
     Supervise(roles::supervise::Options),
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Command::CheckConfig(options) => check_config::run(&options),
         Command::Doctor(options) => process::command(doctor::run(options)),
         Command::Builder(options) => roles::builder::run(&options),
+        Command::KeepBuildkitd(options) => roles::keep_buildkitd::run(&options),
         Command::Supervise(options) => roles::supervise::run(&options),
     }
 }

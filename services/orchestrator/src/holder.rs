@@ -13,6 +13,7 @@ use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::id::InstanceId;
 use kiln_domain::record::{Record, State};
 use kiln_domain::run::Ended;
+use kiln_domain::source::Source;
 use kiln_domain::transition::Change;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
@@ -200,7 +201,10 @@ impl Held<'_> {
 
     async fn started(&mut self, handle: Handle) -> Result<(), LetGo> {
         let engine = self.shared.engine.name().to_owned();
-        let change = Change::Started { by: self.me.clone(), handle, engine: engine.clone() };
+        let executes = matches!(self.record().source, Source::Dockerfile(_)) && !self.record().base_exists;
+        let build_tool = self.shared.engine.build_tool().filter(|_| executes).unwrap_or_default();
+        let by = self.me.clone();
+        let change = Change::Started { by, handle, engine: engine.clone(), build_tool };
         if self.append(&change).await? {
             self.shared.metrics.started(&self.tail);
             let run = self.record().run();

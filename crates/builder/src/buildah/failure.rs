@@ -8,6 +8,7 @@ use kiln_domain::step::Step;
 
 use crate::children::Finished;
 use crate::output::step_name;
+use crate::registry_error::{RegistryError as Registry, asked};
 use crate::tool::ToolError;
 
 /// What buildah 1.28 says in its `chroot` isolation of a step whose own process was killed; it gives it exit status 1.
@@ -66,7 +67,7 @@ pub(super) fn of_build(
             None => failed(FailureReason::Internal, ended_oddly(ended)),
         };
     }
-    match of_registry(&error) {
+    match Registry::told_by(&error) {
         Some(Registry::Missing) => {
             failed(FailureReason::Dockerfile, format!("{named}: the image is not there: {error}"))
         }
@@ -98,7 +99,7 @@ pub(super) fn of_push(ended: &Finished, to: &ImageReference) -> ToolError {
     let error = last_error(&ended.tail);
     let told = if error.is_empty() { ended_oddly(ended) } else { error.clone() };
     let failure = |reason| Failure::new(reason, format!("cannot push `{to}`: {told}"));
-    match of_registry(&error) {
+    match Registry::told_by(&error) {
         Some(Registry::Denied) => ToolError::Failed(failure(FailureReason::RegistryDenied)),
         Some(Registry::Refused) => ToolError::Refused {
             registry: Some(to.registry().to_owned()),
@@ -107,57 +108,6 @@ pub(super) fn of_push(ended: &Finished, to: &ImageReference) -> ToolError {
         Some(Registry::Unavailable) => ToolError::Failed(failure(FailureReason::RegistryUnavailable)),
         Some(Registry::Missing) | None => ToolError::Failed(failure(FailureReason::Internal)),
     }
-}
-
-enum Registry {
-    Missing,
-    Denied,
-    Refused,
-    Unavailable,
-}
-
-fn of_registry(error: &str) -> Option<Registry> {
-    let error = error.to_lowercase();
-    let any = |texts: &[&str]| texts.iter().any(|text| error.contains(text));
-    if any(&["manifest unknown", "name unknown", "repository name not known"]) {
-        Some(Registry::Missing)
-    } else if any(&[
-        "unauthorized",
-        "denied",
-        "authentication required",
-        "invalid username/password",
-        "forbidden",
-    ]) {
-        Some(Registry::Denied)
-    } else if any(&["connect: connection refused"]) {
-        Some(Registry::Refused)
-    } else if any(&[
-        "pinging container registry",
-        "toomanyrequests",
-        "too many requests",
-        "no such host",
-        "i/o timeout",
-        "deadline exceeded",
-        "connection reset",
-        "unexpected eof",
-        "received unexpected http status: 5",
-        "x509:",
-        "tls:",
-    ]) {
-        Some(Registry::Unavailable)
-    } else {
-        None
-    }
-}
-
-/// The registry that an error of the transport is about: `pinging container registry HOST: …`, or `Get "https://HOST/…`.
-fn asked(error: &str) -> Option<&str> {
-    let pinged = error.split_once("pinging container registry ").and_then(|(_, rest)| rest.split_once(": "));
-    let url = || {
-        let (_, rest) = error.split_once("\"http://").or_else(|| error.split_once("\"https://"))?;
-        rest.split(['/', '"']).next()
-    };
-    pinged.map(|(host, _)| host).or_else(url).filter(|host| !host.is_empty())
 }
 
 fn is_dockerfile_error(error: &str) -> bool {
@@ -309,7 +259,7 @@ mod tests {
         let to = "127.0.0.1:1/x:y".parse().unwrap();
         let refused = |error| match error {
             ToolError::Refused { registry, .. } => registry,
-            ToolError::Failed(failure) => panic!("{failure}"),
+            other => panic!("{other}"),
         };
         let error = of_push(&ended("dial tcp 127.0.0.1:1: connect: connection refused"), &to);
         assert_eq!(refused(error).as_deref(), Some("127.0.0.1:1"));

@@ -1,6 +1,8 @@
-//! The builder by itself: a run's folder in, an outcome and an image out. Real git, buildah and registry.
+//! The builder by itself: a run's folder in, an outcome and an image out. Real git, buildah, BuildKit and registry.
 
 mod bad_input;
+mod buildkit;
+mod buildkit_daemon;
 mod builds;
 mod credentials;
 mod registries;

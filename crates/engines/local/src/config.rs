@@ -34,6 +34,8 @@ pub struct Config {
     pub program: PathBuf,
     /// What each builder is told of the installation.
     pub settings: Settings,
+    /// What builders will execute Dockerfiles with, by these settings, as far as it is known.
+    pub build_tool: Option<String>,
     /// The whole environment of a builder.
     pub environment: Vec<(OsString, OsString)>,
     /// How long a builder that was asked to end, or the children of one that died, may take before they are killed.
@@ -48,6 +50,7 @@ impl Config {
             runs,
             program,
             settings: Settings::new(storage),
+            build_tool: None,
             environment: passed.collect(),
             grace: Duration::from_secs(10),
         }

@@ -157,6 +157,10 @@ impl Engine for LocalEngine {
         "local"
     }
 
+    fn build_tool(&self) -> Option<String> {
+        self.config.build_tool.clone()
+    }
+
     /// Runs are processes, locks and files of it.
     fn host(&self) -> Option<String> {
         this_host()

@@ -6,6 +6,7 @@ pub(crate) mod credentials;
 pub(crate) mod engine;
 pub(crate) mod gateway;
 pub(crate) mod host;
+pub(crate) mod keep_buildkitd;
 pub(crate) mod log_relay;
 pub(crate) mod orchestrator;
 pub(crate) mod resolver;

@@ -17,6 +17,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use kiln_bus::seal::OpenKey;
+use kiln_domain::run_folder::Builder;
 use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -28,7 +29,7 @@ use crate::config::Config;
 
 pub(crate) use self::data_dir::LOCK;
 pub(crate) use self::nats::{SERVICES, SERVICES_PASSWORD};
-pub(crate) use self::programs::default_data_dir;
+pub(crate) use self::programs::{bootstrap_folder, default_data_dir};
 pub(crate) use self::settings::complete_repositories;
 
 pub(crate) const ENDPOINTS: &str = "endpoints.json";
@@ -62,6 +63,13 @@ pub(crate) struct Options {
     /// --config, or KILN_NATS__USER and KILN_NATS__PASSWORD
     #[arg(long, value_name = "URL", env = "KILN_NATS_URL", conflicts_with = "nats_listen")]
     nats_url: Option<String>,
+    /// What executes Dockerfiles: `auto`, which is BuildKit where it is found, `buildkit` or `buildah`
+    #[arg(long, value_name = "TOOL", value_parser = builder)]
+    builder: Option<Builder>,
+    /// Use this BuildKit daemon, at tcp://HOST:PORT or unix:///PATH, instead of Kiln's own; may be given several times.
+    /// The certificates for tcp:// are `engine.local.buildkit.tls` of --config
+    #[arg(long = "buildkit-addr", value_name = "ADDRESS")]
+    buildkit_addresses: Vec<String>,
     /// Admit file:// git remotes
     #[arg(long)]
     allow_file_contexts: bool,
@@ -74,6 +82,15 @@ pub(crate) struct Options {
     /// The registry to run
     #[arg(long, value_name = "FILE", env = "KILN_REGISTRY", hide = true)]
     registry_program: Option<PathBuf>,
+}
+
+fn builder(text: &str) -> Result<Builder, String> {
+    match text {
+        "auto" => Ok(Builder::Auto),
+        "buildkit" => Ok(Builder::Buildkit),
+        "buildah" => Ok(Builder::Buildah),
+        _ => Err("expected auto, buildkit or buildah".into()),
+    }
 }
 
 /// What `endpoints.json` holds: `host:port` each, but for NATS.

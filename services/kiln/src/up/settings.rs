@@ -2,6 +2,7 @@
 
 use anyhow::Context as _;
 use kiln_chassis::config::{Error, Problem};
+use kiln_domain::run_folder::Builder;
 use secrecy::SecretString;
 
 use super::Options;
@@ -30,6 +31,16 @@ pub(crate) fn complete(
     }
     let Engine::Local(local) = &mut config.engine;
     data.path().clone_into(&mut local.folder);
+    if let Some(builder) = options.builder {
+        local.builder = builder;
+    }
+    if !options.buildkit_addresses.is_empty() {
+        local.buildkit.addresses.clone_from(&options.buildkit_addresses);
+        // Who names a daemon means to use it.
+        if local.builder == Builder::Auto {
+            local.builder = Builder::Buildkit;
+        }
+    }
 
     let address = &backing.registry.address;
     complete_repositories(&mut config, address);

@@ -205,9 +205,10 @@ fn it_says_so_where_nothing_is_as_it_needs() {
     let folder = tempfile::tempdir().expect("a folder");
     let engine = folder.path().to_str().expect("UTF-8");
     let of_engine = ("KILN_ENGINE__LOCAL__FOLDER", engine);
+    let of_buildah = ("KILN_ENGINE__LOCAL__BUILDER", "buildah");
     // Nobody listens, and no program is there.
     let (status, findings) =
-        doctor(&[], &[("KILN_NATS__URL", "nats://127.0.0.1:1"), of_engine, ("PATH", engine)]);
+        doctor(&[], &[("KILN_NATS__URL", "nats://127.0.0.1:1"), of_engine, of_buildah, ("PATH", engine)]);
     let found = bad(&findings);
     assert_eq!(status, Some(1));
     assert!(has(&found, "problem", "nats", "Connection refused"), "{found:?}");

@@ -216,7 +216,13 @@ impl Play {
             self.change(Change::Claimed { by: self.by.clone() }).await?;
         }
         let handle = self.engine.begin(&self.run());
-        self.change(Change::Started { by: self.by.clone(), handle, engine: "fake".into() }).await
+        self.change(Change::Started {
+            by: self.by.clone(),
+            handle,
+            engine: "fake".into(),
+            build_tool: String::new(),
+        })
+        .await
     }
 
     pub(crate) fn write(&self, output: impl Into<Bytes>) {

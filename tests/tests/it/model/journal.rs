@@ -103,7 +103,7 @@ impl Append {
             (Act::Claimed, Some(by)) => Change::Claimed { by },
             (Act::Started, Some(by)) => {
                 let handle = Handle::new(self.after.record.run().as_str());
-                Change::Started { by, handle, engine: "local".into() }
+                Change::Started { by, handle, engine: "local".into(), build_tool: String::new() }
             }
             (Act::Released, Some(by)) => Change::Released { by, why: None },
             (Act::Retrying, Some(by)) => Change::Retrying { by, why: String::new() },

@@ -1,6 +1,7 @@
 //! The whole of Kiln, from the gRPC API to the registry and back.
 
 mod bad_input;
+mod buildkit;
 mod fleet;
 mod main_job;
 mod restart;
@@ -25,8 +26,13 @@ pub(crate) struct Stage {
 
 impl Stage {
     pub(crate) async fn set() -> Result<Self> {
+        Self::set_with(&[]).await
+    }
+
+    /// With these arguments of `kiln up`.
+    pub(crate) async fn set_with(arguments: &[&str]) -> Result<Self> {
         let (kiln, workshop) =
-            tokio::try_join!(async { Installation::start(&program()?, &[]).await }, Workshop::new(),)?;
+            tokio::try_join!(async { Installation::start(&program()?, arguments).await }, Workshop::new(),)?;
         Ok(Self { kiln, workshop })
     }
 

@@ -21,7 +21,7 @@ pub(crate) struct BuildArgs {
     #[arg(value_name = "GIT_URL", required_unless_present = "image")]
     git_url: Option<String>,
     /// Copy this image instead of building from a repository
-    #[arg(long, value_name = "REF", conflicts_with_all = ["git_url", "revision", "file", "context", "build_args", "target", "git_username", "git_password_file"])]
+    #[arg(long, value_name = "REF", conflicts_with_all = ["git_url", "revision", "file", "context", "build_args", "target", "secrets", "git_username", "git_password_file"])]
     image: Option<String>,
     /// A commit, branch or tag [default: the remote's HEAD]
     #[arg(long, value_name = "REVISION")]
@@ -38,6 +38,9 @@ pub(crate) struct BuildArgs {
     /// The stage to build [default: the last one]
     #[arg(long, value_name = "STAGE")]
     target: Option<String>,
+    /// A file for `RUN --mount=type=secret,id=ID`; may be given several times. It is no part of the image, and not shown
+    #[arg(long = "secret", value_name = "id=ID,src=FILE", value_parser = secret)]
+    secrets: Vec<(String, PathBuf)>,
     /// Build even where the image exists
     #[arg(long)]
     force: bool,
@@ -74,6 +77,7 @@ impl BuildArgs {
     /// The request. Reads the files that it names; [`Failure::Request`] if one can't be read.
     pub(super) fn into_request(self) -> Result<BuildImageRequest, Failure> {
         let auth = self.registry.auth()?;
+        let secrets = self.secrets.into_iter().map(read_secret).collect::<Result<_, Failure>>()?;
         let from = match self.image {
             Some(image) => SourceFrom::Image(image),
             None => SourceFrom::Dockerfile(Dockerfile {
@@ -101,7 +105,7 @@ impl BuildArgs {
             }),
             labels: last_of_each(self.labels),
             no_cache: self.no_cache,
-            ..BuildImageRequest::default()
+            secrets,
         })
     }
 }
@@ -113,6 +117,28 @@ fn key_value(text: &str) -> Result<(String, String), String> {
         Some((name, value)) => Ok((name.to_owned(), value.to_owned())),
         None => Err("expected NAME=VALUE".into()),
     }
+}
+
+/// As `docker build` takes it: `id=ID,src=FILE`.
+fn secret(text: &str) -> Result<(String, PathBuf), String> {
+    let (mut id, mut file) = (None, None);
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("id", value)) => id = Some(value.to_owned()),
+            Some(("src" | "source", value)) => file = Some(PathBuf::from(value)),
+            Some(("type", "file")) => {}
+            _ => return Err("expected id=ID,src=FILE".into()),
+        }
+    }
+    id.zip(file).ok_or_else(|| "expected id=ID,src=FILE".into())
+}
+
+fn read_secret((id, file): (String, PathBuf)) -> Result<(String, Vec<u8>), Failure> {
+    let content = std::fs::read(&file);
+    let content = content.map_err(|error| {
+        Failure::Request(format!("can't read the secret {id} from {}: {error}", file.display()))
+    })?;
+    Ok((id, content))
 }
 
 fn timeout(text: &str) -> Result<SignedDuration, String> {
