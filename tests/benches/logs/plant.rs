@@ -93,7 +93,7 @@ impl Plant {
         lock.lock()?;
         let output = File::create(folder.join(run_folder::OUTPUT))?;
         let started =
-            Change::Started { by: self.by.clone(), handle: Handle::new("bench"), engine: "local".into() };
+            Change::Started { by: self.by.clone(), handle: Handle::new("bench"), engine: "local".into(), build_tool: String::new() };
         build.entry = self.journal.append(Some(&build.entry), &started, &self.by).await?;
         Ok(Builder { output, _lock: lock })
     }
