@@ -9,6 +9,7 @@ use async_nats::jetstream::ErrorCode;
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::message::{PublishMessage, StreamMessage};
 use async_nats::jetstream::stream::{LastRawMessageErrorKind, Stream};
+use futures::StreamExt as _;
 use jiff::Timestamp;
 use kiln_contract::header::{self, cloudevents};
 use kiln_contract::{event, subject};
@@ -300,6 +301,14 @@ pub(crate) fn entry_of(message: &StreamMessage) -> Result<Entry, BusError> {
     let stored_at = Timestamp::from_nanosecond(message.time.unix_timestamp_nanos())
         .map_err(|error| BusError::malformed(READ, error))?;
     entry(&message.subject, message.sequence, stored_at, &message.headers, &message.payload)
+}
+
+/// The records of builds that make their images from now on, as they are appended. At most once: what comes while the
+/// connection is away is missed, and one may come whose append was refused. For caches, which it tells to look again.
+pub async fn successes(bus: &Bus) -> Result<impl futures::Stream<Item = Record> + use<>, BusError> {
+    let heard = bus.client.subscribe(subject::SUCCEEDED_SUBJECTS).await;
+    let heard = heard.map_err(|error| BusError::unavailable("hear of images that are made", error))?;
+    Ok(heard.filter_map(|message| async move { serde_json::from_slice(&message.payload).ok() }))
 }
 
 /// Reads an event from its parts.

@@ -5,7 +5,9 @@
 
 use std::fmt::Write as _;
 
+use async_nats::jetstream::kv::{CreateErrorKind, UpdateErrorKind};
 use bytes::Bytes;
+use jiff::Timestamp;
 use kiln_contract::bucket;
 
 use crate::connection::Bus;
@@ -21,6 +23,15 @@ pub struct RefsBucket {
 /// The name of an entry: a sha256, so that no text of a request becomes part of a subject.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RefKey(pub [u8; 32]);
+
+/// A claim on a key, until it is released or its time is over.
+#[derive(Debug)]
+pub struct Claim {
+    key: RefKey,
+    revision: u64,
+}
+
+const CLAIM: &str = "claim a reference";
 
 impl RefKey {
     fn subject_token(&self) -> String {
@@ -49,6 +60,48 @@ impl RefsBucket {
     /// Removes an answer that isn't true any more.
     pub async fn remove(&self, key: &RefKey) -> Result<(), BusError> {
         self.bus.call("remove a resolved reference", self.store.purge(key.subject_token())).await
+    }
+
+    /// Claims a key until `until`; `None` if another replica's claim lasts longer than `now`.
+    ///
+    /// The time stands in the entry, not in the message's TTL: a claim is a courtesy, and one second is too coarse for it.
+    pub async fn claim(
+        &self,
+        key: &RefKey,
+        now: Timestamp,
+        until: Timestamp,
+    ) -> Result<Option<Claim>, BusError> {
+        let unavailable = |error: &dyn std::fmt::Display| BusError::unavailable(CLAIM, error);
+        let (name, value) = (key.subject_token(), Bytes::from(until.to_string()));
+        let won = |revision| Some(Claim { key: *key, revision });
+        match self.store.create(&name, value.clone()).await {
+            Ok(revision) => return Ok(won(revision)),
+            Err(error) if error.kind() == CreateErrorKind::AlreadyExists => {}
+            Err(error) => return Err(unavailable(&error)),
+        }
+        let Some(entry) = self.store.entry(&name).await.map_err(|error| unavailable(&error))? else {
+            return Ok(None);
+        };
+        let held = std::str::from_utf8(&entry.value).ok().and_then(|text| text.parse::<Timestamp>().ok());
+        if held.is_some_and(|held| held > now) {
+            return Ok(None);
+        }
+        match self.store.update(&name, value, entry.revision).await {
+            Ok(revision) => Ok(won(revision)),
+            Err(error) if error.kind() == UpdateErrorKind::WrongLastRevision => Ok(None),
+            Err(error) => Err(unavailable(&error)),
+        }
+    }
+
+    /// Gives a claim back; one that was taken over meanwhile stays the other's.
+    pub async fn release(&self, claim: Claim) -> Result<(), BusError> {
+        let released =
+            self.store.delete_expect_revision(claim.key.subject_token(), Some(claim.revision)).await;
+        match released {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == UpdateErrorKind::WrongLastRevision => Ok(()),
+            Err(error) => Err(BusError::unavailable(CLAIM, error)),
+        }
     }
 
     /// An answer that some replica kept; `None` if there is none. On a cluster it may be an older one.

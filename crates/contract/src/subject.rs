@@ -13,6 +13,8 @@ pub const PROGRESS_STREAM: &str = "KILN_PROGRESS";
 
 /// Every subject of the journal: `kiln.build.v1.<image key>.<build id>.<event>`.
 pub const JOURNAL_SUBJECTS: &str = "kiln.build.v1.*.*.*";
+/// Every event of a build that made its image.
+pub const SUCCEEDED_SUBJECTS: &str = "kiln.build.v1.*.*.succeeded";
 /// Every subject of the log stream: `kiln.log.v1.<build id>`.
 pub const LOG_SUBJECTS: &str = "kiln.log.v1.*";
 /// Where the log stream republishes each chunk once it is stored.

@@ -5,14 +5,18 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use kiln_bus::refs::{RefKey, RefsBucket};
+use kiln_bus::refs::{Claim, RefKey, RefsBucket};
 use kiln_domain::reference::Digest;
 use moka::future::Cache;
 use moka::ops::compute::Op;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The bucket is a local store: longer, and it is the bus that is in trouble.
 const BUCKET_WITHIN: Duration = Duration::from_millis(300);
+
+/// Longer than that for a claim: it spares a registry, which takes longer still.
+const CLAIM_WITHIN: Duration = Duration::from_secs(2);
 
 /// What a registry said.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +36,12 @@ impl Answer {
     }
 }
 
+/// Whose turn it is to ask a registry.
+pub(crate) enum Claimed {
+    Ours(Option<Claim>),
+    Another,
+}
+
 pub(crate) struct Answers {
     here: Cache<RefKey, Answer>,
     shared: RefsBucket,
@@ -49,9 +59,17 @@ impl Answers {
 
     /// The newest answer that any replica knows.
     pub(crate) async fn anywhere(&self, key: &RefKey) -> Option<Answer> {
+        match self.noted(key).await {
+            Some(answer) => Some(self.keep_here(key, answer).await),
+            None => self.here(key).await,
+        }
+    }
+
+    /// What the replicas told each other under a key.
+    pub(crate) async fn noted<T: DeserializeOwned>(&self, key: &RefKey) -> Option<T> {
         let read = tokio::time::timeout(BUCKET_WITHIN, self.shared.get(key)).await;
-        let shared = match read {
-            Ok(Ok(bytes)) => bytes.and_then(|bytes| serde_json::from_slice::<Answer>(&bytes).ok()),
+        match read {
+            Ok(Ok(bytes)) => bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()),
             Ok(Err(error)) => {
                 tracing::warn!("the shared answers can't be read: {error}");
                 None
@@ -60,21 +78,21 @@ impl Answers {
                 tracing::warn!("the shared answers can't be read within {BUCKET_WITHIN:?}");
                 None
             }
-        };
-        match shared {
-            Some(answer) => Some(self.keep_here(key, answer).await),
-            None => self.here(key).await,
+        }
+    }
+
+    /// Tells the other replicas something.
+    pub(crate) async fn note<T: Serialize>(&self, key: &RefKey, note: &T) {
+        if let Ok(bytes) = serde_json::to_vec(note) {
+            report("kept", tokio::time::timeout(BUCKET_WITHIN, self.shared.put(key, bytes.into())).await);
         }
     }
 
     /// Keeps an answer, unless a newer one is there; returns the newer of the two.
     pub(crate) async fn keep(&self, key: &RefKey, answer: Answer) -> Answer {
         let newest = self.keep_here(key, answer.clone()).await;
-        if newest == answer
-            && let Ok(bytes) = serde_json::to_vec(&answer)
-        {
-            let written = tokio::time::timeout(BUCKET_WITHIN, self.shared.put(key, bytes.into())).await;
-            report("kept", written);
+        if newest == answer {
+            self.note(key, &answer).await;
         }
         newest
     }
@@ -83,6 +101,23 @@ impl Answers {
     pub(crate) async fn forget(&self, key: &RefKey) {
         self.here.invalidate(key).await;
         report("removed", tokio::time::timeout(BUCKET_WITHIN, self.shared.remove(key)).await);
+    }
+
+    /// A claim on asking the registry. Where the bucket can't say, it is ours.
+    pub(crate) async fn claim(&self, key: &RefKey, now: Timestamp, until: Timestamp) -> Claimed {
+        match tokio::time::timeout(CLAIM_WITHIN, self.shared.claim(key, now, until)).await {
+            Ok(Ok(Some(claim))) => Claimed::Ours(Some(claim)),
+            Ok(Ok(None)) => Claimed::Another,
+            Ok(Err(error)) => {
+                tracing::warn!("replicas can't agree on who asks a registry: {error}");
+                Claimed::Ours(None)
+            }
+            Err(_) => Claimed::Ours(None),
+        }
+    }
+
+    pub(crate) async fn release(&self, claim: Claim) {
+        report("released", tokio::time::timeout(BUCKET_WITHIN, self.shared.release(claim)).await);
     }
 
     async fn keep_here(&self, key: &RefKey, answer: Answer) -> Answer {

@@ -17,6 +17,10 @@ pub struct Config {
     pub registry_timeout_seconds: u64,
     /// How long a registry may take when an older answer could be given instead.
     pub revalidate_timeout_seconds: u64,
+    /// Questions that a registry is asked at once; further ones wait, within the same timeout.
+    pub registry_at_once: usize,
+    /// How long it is remembered that an image is not there; 0 asks each time. A build that makes it ends that at once.
+    pub not_found_seconds: u64,
     /// Images whose answers are kept in memory.
     pub cached_images: u64,
     /// Registry hosts that are spoken to in plain HTTP; loopback is without being named.
@@ -40,6 +44,8 @@ impl Default for Config {
             serve_stale_seconds: 24 * 60 * 60,
             registry_timeout_seconds: 20,
             revalidate_timeout_seconds: 3,
+            registry_at_once: 32,
+            not_found_seconds: 5,
             cached_images: 20_000,
             plain_http: Vec::new(),
             git: "git".into(),
@@ -60,6 +66,7 @@ impl Config {
             ("serve_stale_seconds", self.serve_stale_seconds, 0..=24 * 60 * 60),
             ("registry_timeout_seconds", self.registry_timeout_seconds, 1..=300),
             ("revalidate_timeout_seconds", self.revalidate_timeout_seconds, 1..=300),
+            ("not_found_seconds", self.not_found_seconds, 0..=60),
             ("git_timeout_seconds", self.git_timeout_seconds, 1..=300),
             ("commit_fresh_seconds", self.commit_fresh_seconds, 0..=60),
         ] {
@@ -70,8 +77,11 @@ impl Config {
         if self.git.is_empty() {
             problems.push("git: is missing".into());
         }
-        if !(1..=1_000).contains(&self.git_at_once) {
-            problems.push("git_at_once: must be between 1 and 1000".into());
+        for (key, at_once) in [("registry_at_once", self.registry_at_once), ("git_at_once", self.git_at_once)]
+        {
+            if !(1..=1_000).contains(&at_once) {
+                problems.push(format!("{key}: must be between 1 and 1000"));
+            }
         }
         problems
     }
@@ -90,6 +100,10 @@ impl Config {
 
     pub(crate) fn revalidate_timeout(&self) -> Duration {
         Duration::from_secs(self.revalidate_timeout_seconds)
+    }
+
+    pub(crate) fn not_found_for(&self) -> Duration {
+        Duration::from_secs(self.not_found_seconds)
     }
 
     pub(crate) fn git_timeout(&self) -> Duration {

@@ -2,27 +2,39 @@
 //!
 //! What a tag points at is asked by HEAD, which rate limits mostly don't count; a manifest is read only where that is not
 //! the digest whose manifest was read before. So to revalidate an unchanged tag costs one HEAD.
+//!
+//! Of many who ask the same at once, one asks the registry: in this process by a flight that the others join, among
+//! replicas by a claim, whose holder's answer the others wait for, though not for long.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use kiln_bus::refs::RefKey;
+use kiln_bus::refs::{Claim, RefKey};
 use kiln_credentials::{Installation, Owner, Permitted};
 use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
-use kiln_registry::{Access, Error as RegistryError, Registry};
+use kiln_registry::{Access, Error as RegistryError, Problem, Registry};
 use moka::future::Cache;
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use crate::cache::{Answer, Answers};
+use crate::cache::{Answer, Answers, Claimed};
 use crate::config::Config;
 use crate::keys::{Asker, Keys};
 use crate::metrics::{From, Metrics};
-use crate::pause::Pauses;
+use crate::pause::{Left, Pauses};
+use crate::turns::Turns;
 
 /// How long is tried again what may pass, where no older answer could be given: someone waits.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long another replica's answer is waited for; then this one asks, too.
+const JOIN_WITHIN: Duration = Duration::from_secs(3);
+/// How long a claim stands whose holder died.
+const CLAIMED_FOR: Duration = Duration::from_secs(5);
+/// Waits between two looks for another replica's answer: the first, and the longest.
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(200));
 
 pub(crate) struct Images {
     registry: Arc<dyn Registry>,
@@ -30,7 +42,12 @@ pub(crate) struct Images {
     answers: Answers,
     /// Holds nothing: equal questions that are under way wait here for one load.
     flights: Cache<RefKey, Resolved>,
+    /// Images that were not there a moment ago, by name, for the news that one is made.
+    missing: Cache<RefKey, String>,
+    /// How often such news came: who asked before it can't tell what is missing after it.
+    news: AtomicU64,
     pauses: Pauses,
+    turns: Turns,
     keys: Keys,
     metrics: Metrics,
     tag_fresh_for: Duration,
@@ -54,6 +71,20 @@ pub(crate) struct Resolved {
     /// The registry could not be asked, and the answer is older than what counts as fresh.
     pub(crate) stale: bool,
     pub(crate) age: Duration,
+}
+
+/// Who asks the registry.
+enum Turn {
+    Ask(Option<Claim>),
+    /// Another replica did.
+    Answered(Answer),
+}
+
+/// A registry's pause, for the other replicas.
+#[derive(Serialize, Deserialize)]
+struct PauseNote {
+    until: Timestamp,
+    limited: bool,
 }
 
 /// Why there is no answer.
@@ -103,7 +134,14 @@ impl Images {
             installation,
             answers,
             flights: Cache::new(0),
+            missing: Cache::builder()
+                .max_capacity(config.cached_images)
+                .time_to_live(config.not_found_for())
+                .support_invalidation_closures()
+                .build(),
+            news: AtomicU64::new(0),
             pauses: Pauses::default(),
+            turns: Turns::new(config.registry_at_once),
             keys,
             metrics,
             tag_fresh_for: config.tag_fresh_for(),
@@ -124,14 +162,28 @@ impl Images {
             self.metrics.image_answered(From::Cache);
             return Ok(fresh);
         }
+        if let Some(reference) = self.missing.get(&key).await {
+            self.metrics.image_answered(From::Missing);
+            return Err(Arc::new(RegistryError::NotFound { reference }.into()));
+        }
         self.flights.try_get_with(key, self.load(&key, wanted, false)).await
+    }
+
+    /// These are there now.
+    pub(crate) fn made(&self, references: Vec<String>) {
+        self.news.fetch_add(1, Ordering::SeqCst);
+        let made = move |_: &RefKey, missing: &String| references.contains(missing);
+        if let Err(error) = self.missing.invalidate_entries_if(made) {
+            tracing::error!("an image that was made can't be forgotten to be missing: {error}");
+        }
     }
 
     /// What lies at a reference of this installation right now, by the registry's own word: not cached, not joined.
     pub(crate) async fn find(&self, reference: &ImageReference) -> Result<Option<Digest>, Error> {
         let mut access = Access::new(self.installation.clone(), Instant::now() + self.registry_timeout);
         access.patience = PATIENCE;
-        self.ask(reference, self.registry.digest(reference, &access)).await
+        self.hear_of_pauses(reference.registry()).await;
+        self.ask(reference, &access, self.registry.digest(reference, &access)).await
     }
 
     async fn key(&self, wanted: &Wanted) -> RefKey {
@@ -155,14 +207,61 @@ impl Images {
 
     async fn load(&self, key: &RefKey, wanted: &Wanted, refresh: bool) -> Result<Resolved, Error> {
         // Another replica may know better; and what was asked before us may have been answered meanwhile.
-        let known = self.answers.anywhere(key).await;
+        let (known, ()) =
+            tokio::join!(self.answers.anywhere(key), self.hear_of_pauses(wanted.reference.registry()));
         if !refresh && let Some(fresh) = known.as_ref().and_then(|known| self.fresh(wanted, known)) {
             self.metrics.image_answered(From::Cache);
             return Ok(fresh);
         }
+        let claim = if refresh {
+            None
+        } else {
+            match self.turn(key, known.as_ref()).await {
+                Turn::Ask(claim) => claim,
+                Turn::Answered(answer) => {
+                    self.metrics.image_answered(From::Replica);
+                    return Ok(Resolved { age: answer.age(now()), digest: answer.digest, stale: false });
+                }
+            }
+        };
         let known = known.filter(|known| known.age(now()) <= self.serve_stale_for);
+        let loaded = self.load_from_registry(key, wanted, known).await;
+        if let Some(claim) = claim {
+            self.answers.release(claim).await;
+        }
+        loaded
+    }
+
+    /// Claims the question, or waits for the answer of the replica that has claimed it.
+    async fn turn(&self, key: &RefKey, known: Option<&Answer>) -> Turn {
+        let claim = RefKey(self.keys.beside("claim", &key.0));
+        let (give_up, mut pause) = (Instant::now() + JOIN_WITHIN, LOOK_AGAIN.0);
+        loop {
+            let until = now().checked_add(CLAIMED_FOR).unwrap_or_else(|_| now());
+            match self.answers.claim(&claim, now(), until).await {
+                Claimed::Ours(claim) => return Turn::Ask(claim),
+                Claimed::Another if Instant::now() >= give_up => return Turn::Ask(None),
+                Claimed::Another => {}
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LOOK_AGAIN.1);
+            let newer = |answer: &Answer| known.is_none_or(|known| answer.asked_at > known.asked_at);
+            if let Some(answer) = self.answers.anywhere(key).await.filter(newer) {
+                return Turn::Answered(answer);
+            }
+        }
+    }
+
+    async fn load_from_registry(
+        &self,
+        key: &RefKey,
+        wanted: &Wanted,
+        known: Option<Answer>,
+    ) -> Result<Resolved, Error> {
+        let news = self.news.load(Ordering::SeqCst);
         match self.ask_registry(wanted, known.as_ref()).await {
             Ok(answer) => {
+                self.missing.invalidate(key).await;
                 let newest = self.answers.keep(key, answer).await;
                 self.metrics.image_answered(From::Registry);
                 Ok(Resolved { age: newest.age(now()), digest: newest.digest, stale: false })
@@ -178,6 +277,11 @@ impl Images {
             Err(error) => {
                 if known.is_some() && error.refutes() {
                     self.answers.forget(key).await;
+                }
+                if let Error::Registry(RegistryError::NotFound { reference }) = &error
+                    && self.news.load(Ordering::SeqCst) == news
+                {
+                    self.missing.insert(*key, reference.clone()).await;
                 }
                 Err(error)
             }
@@ -197,7 +301,7 @@ impl Images {
             let digest = self.read(reference, wanted, &access).await?;
             return Ok(Answer { points_at, digest, asked_at });
         }
-        let points_at = self.ask(reference, self.registry.digest(reference, &access)).await?;
+        let points_at = self.ask(reference, &access, self.registry.digest(reference, &access)).await?;
         let points_at =
             points_at.ok_or_else(|| RegistryError::NotFound { reference: reference.to_string() })?;
         if let Some(known) = known.filter(|known| known.points_at == points_at) {
@@ -209,16 +313,25 @@ impl Images {
     }
 
     async fn read(&self, pinned: &ImageReference, wanted: &Wanted, access: &Access) -> Result<Digest, Error> {
-        self.ask(pinned, self.registry.resolve(pinned, &wanted.platform, access)).await
+        self.ask(pinned, access, self.registry.resolve(pinned, &wanted.platform, access)).await
     }
 
     /// Asks, unless this registry wants to be left alone; and learns from the answer whether it does.
     async fn ask<T>(
         &self,
         reference: &ImageReference,
+        access: &Access,
         question: impl Future<Output = Result<T, RegistryError>>,
     ) -> Result<T, Error> {
         let registry = reference.registry();
+        let busy = || RegistryError::Unavailable {
+            registry: registry.to_owned(),
+            problem: Problem::Connection("as many questions as it may be asked at once are under way".into()),
+            retry_after: None,
+        };
+        let place = tokio::time::timeout_at(access.deadline, self.turns.take(registry)).await;
+        let _place = place.map_err(|_| busy())?;
+        // After the wait: meanwhile a pause may have begun.
         if let Some(left) = self.pauses.left(registry) {
             return Err(Error::Paused { registry: registry.into(), left: left.time, limited: left.limited });
         }
@@ -227,8 +340,31 @@ impl Images {
             self.metrics.paused();
             let left = self.pauses.left(registry).map(|left| left.time).unwrap_or_default();
             tracing::warn!(registry, "registry {registry} is not asked for {left:?}: it asked for a pause");
+            self.tell_of_pause(registry).await;
         }
         Ok(answer?)
+    }
+
+    async fn tell_of_pause(&self, registry: &str) {
+        let Some(left) = self.pauses.left(registry) else { return };
+        let Ok(until) = now().checked_add(left.time) else { return };
+        self.answers.note(&self.pause_key(registry), &PauseNote { until, limited: left.limited }).await;
+    }
+
+    /// Of a pause that another replica was asked for.
+    async fn hear_of_pauses(&self, registry: &str) {
+        if self.pauses.left(registry).is_some() {
+            return;
+        }
+        let Some(note) = self.answers.noted::<PauseNote>(&self.pause_key(registry)).await else { return };
+        // One that is over is none.
+        if let Ok(time) = Duration::try_from(note.until.duration_since(now())) {
+            self.pauses.hear(registry, Left { time, limited: note.limited });
+        }
+    }
+
+    fn pause_key(&self, registry: &str) -> RefKey {
+        RefKey(self.keys.of("pause", &[registry], &Asker::Anonymous))
     }
 }
 

@@ -31,6 +31,14 @@ impl Keys {
         Ok(Self { mac })
     }
 
+    /// The key of what stands beside an answer: the claim of who asks for it.
+    pub(crate) fn beside(&self, kind: &str, key: &[u8; 32]) -> [u8; 32] {
+        let mut mac = self.mac.clone();
+        mac.update(kind.as_bytes());
+        mac.update(key);
+        mac.finalize().into_bytes().into()
+    }
+
     /// The key of a question: its kind and its texts, in an order that is always the same.
     pub(crate) fn of(&self, kind: &str, texts: &[&str], asker: &Asker<'_>) -> [u8; 32] {
         let mut mac = self.mac.clone();

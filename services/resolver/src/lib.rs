@@ -17,10 +17,12 @@ mod images;
 mod keys;
 mod metrics;
 mod pause;
+mod turns;
 
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use futures::StreamExt as _;
 use kiln_bus::Bus;
 use kiln_bus::refs::RefsBucket;
 use kiln_bus::seal::OpenKey;
@@ -73,7 +75,13 @@ pub async fn run(
     });
     let server = Server::start(&bus, ROLE, &mut counted).await.context("serve")?;
     handlers::serve(&server, &duties).await.context("serve")?;
+    let made = kiln_bus::journal::successes(&bus).await?;
     ready(counted);
+    let hears = made.for_each(|record| {
+        duties.images.made(vec![record.base_ref, record.target_ref]);
+        std::future::ready(())
+    });
+    stop.run_until_cancelled(hears).await;
     stop.cancelled().await;
     server.drain().await;
     Ok(())

@@ -10,6 +10,10 @@ use prometheus_client::registry::Registry;
 pub(crate) enum From {
     Cache,
     Registry,
+    /// Another replica's question to the registry, which was waited for.
+    Replica,
+    /// The cache: not long ago, the image was not there.
+    Missing,
     /// The cache, as the registry could not be asked.
     Stale,
 }
@@ -44,6 +48,8 @@ impl Metrics {
         let from = match from {
             From::Cache => "cache",
             From::Registry => "registry",
+            From::Replica => "replica",
+            From::Missing => "missing",
             From::Stale => "stale",
         };
         self.images.get_or_create(&Source { from }).inc();

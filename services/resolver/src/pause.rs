@@ -1,4 +1,5 @@
-//! Registries that want not to be asked for a while: told by a 429 or 503, they are left alone by this whole process.
+//! Registries that want not to be asked for a while: told by a 429 or 503, they are left alone by this whole process, and
+//! by the other replicas, which find the pause in the bucket that all share.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -41,6 +42,17 @@ impl Pauses {
         let pause = pauses.get(registry)?;
         let time = pause.until.checked_duration_since(Instant::now()).filter(|time| !time.is_zero())?;
         Some(Left { time, limited: pause.limited })
+    }
+
+    /// Of a pause that another replica was asked for, until then.
+    pub(crate) fn hear(&self, registry: &str, left: Left) {
+        let until = Instant::now() + left.time.min(LONGEST);
+        let mut pauses = self.lock();
+        let known = pauses.get(registry);
+        if known.is_none_or(|known| known.until < until) {
+            let back_off = known.map_or(FIRST, |known| known.back_off);
+            pauses.insert(registry.to_owned(), Pause { until, back_off, limited: left.limited });
+        }
     }
 
     /// Learns from a registry's answer. True if a pause begins by it.

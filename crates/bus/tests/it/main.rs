@@ -9,6 +9,7 @@ mod keeper;
 mod logs;
 mod parts;
 mod provision;
+mod refs;
 mod trouble;
 mod versions;
 mod view;

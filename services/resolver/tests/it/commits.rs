@@ -140,7 +140,7 @@ async fn what_cannot_be_resolved_names_its_field() {
     assert_eq!(rig.commit(&web, "main").await.unwrap_err().code, Code::Internal);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn an_answer_is_kept_for_seconds_for_who_shows_the_same() {
     let config = Config { commit_fresh_seconds: 60, ..Config::default() };
     let (rig, repository) = (Rig::new(config).await, Repository::new());

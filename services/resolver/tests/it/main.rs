@@ -7,5 +7,6 @@ mod credentials;
 mod front;
 mod http_git;
 mod images;
+mod replicas;
 mod rig;
 mod trouble;

@@ -25,9 +25,9 @@ pub(crate) struct Rig {
     nats: NatsServer,
     seed: SecretString,
     installation: Arc<Installation>,
-    asking: Bus,
+    pub(crate) asking: Bus,
     running: JoinSet<()>,
-    stop: Option<DropGuard>,
+    stop: Vec<DropGuard>,
 }
 
 impl Rig {
@@ -44,15 +44,20 @@ impl Rig {
         asking.provision(&small).await.unwrap();
         let seed = OpenKey::new_seed().unwrap();
         let installation = Arc::new(installation);
-        let mut rig = Self { nats, seed, installation, asking, running: JoinSet::new(), stop: None };
+        let mut rig = Self { nats, seed, installation, asking, running: JoinSet::new(), stop: Vec::new() };
         rig.replace(config).await;
         rig
     }
 
     /// Ends the resolver and starts another, which has nothing in its memory.
     pub(crate) async fn replace(&mut self, config: Config) {
-        self.stop = None;
+        self.stop.clear();
         while self.running.join_next().await.is_some() {}
+        self.add(config).await;
+    }
+
+    /// Starts another resolver beside what runs.
+    pub(crate) async fn add(&mut self, config: Config) {
         let parts = Parts {
             bus: connect(&self.nats).await,
             registry: Arc::new(OciRegistry::default()),
@@ -66,7 +71,7 @@ impl Rig {
             run(config, parts, |metrics| ready.send(metrics).unwrap(), until).await.unwrap();
         });
         answers.await.unwrap();
-        self.stop = Some(stop.drop_guard());
+        self.stop.push(stop.drop_guard());
     }
 
     /// Another installation's seal key from now on, for the next resolver.

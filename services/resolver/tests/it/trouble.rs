@@ -9,7 +9,7 @@ use crate::rig::Rig;
 
 /// Every tag is asked again each time.
 fn impatient() -> Config {
-    Config { tag_fresh_seconds: 0, ..Config::default() }
+    Config { tag_fresh_seconds: 0, not_found_seconds: 0, ..Config::default() }
 }
 
 #[tokio::test]
