@@ -29,6 +29,11 @@ bench-dispatch:
     cargo build --release --locked -p kiln
     cargo bench --locked -p kiln-tests --bench dispatch
 
+# References resolved a second, warm, cold, and with the registry away
+bench-resolve:
+    cargo build --release --locked -p kiln
+    cargo bench --locked -p kiln-tests --bench resolve
+
 # Remove what compiling left
 clean:
     cargo clean

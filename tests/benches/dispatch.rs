@@ -12,6 +12,8 @@
     reason = "a benchmark measures time, prints figures, and may end where a test may"
 )]
 
+mod figures;
+
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -21,6 +23,8 @@ use kiln_proto::kiln_v1 as api;
 use kiln_testkit::installation::{Installation, program};
 use kiln_testkit::nats;
 use kiln_testkit::workshop::{Repository, Workshop};
+
+use crate::figures::figures;
 
 const DISPATCHES: usize = 40;
 const PAIRS: usize = 10;
@@ -245,10 +249,4 @@ fn hand(repository: &Repository, registry: &str, folder: &Path, n: usize) -> Res
 
 fn over(build: &api::Build) -> bool {
     !matches!(build.state(), api::BuildState::Queued | api::BuildState::Running)
-}
-
-fn figures(times: &mut [Duration]) -> String {
-    times.sort();
-    let at = |part: f64| times[((times.len() - 1) as f64 * part).round() as usize];
-    format!("p50 {:.1?} p90 {:.1?} max {:.1?} of {}", at(0.5), at(0.9), at(1.0), times.len())
 }

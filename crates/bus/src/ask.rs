@@ -28,9 +28,6 @@ impl Bus {
     /// once, not after a wait); `DeadlineExceeded` when nobody answered in time.
     #[tracing::instrument(skip_all, fields(question = %Q::subject()))]
     pub async fn ask<Q: Question>(&self, question: &Q, within: Duration) -> Result<Q::Answer, Refusal> {
-        if !self.is_connected() {
-            return Err(unavailable::<Q>("the bus is away"));
-        }
         let payload = bytes::Bytes::from(question.encode_to_vec());
         if payload.len() + 1024 > self.max_payload() {
             return Err(Refusal::new(
@@ -78,9 +75,10 @@ impl Bus {
                 () = alive => None,
             }
         };
-        let message = tokio::time::timeout(within, answers)
+        let message = tokio::time::timeout(within, self.attend("ask", answers))
             .await
             .map_err(|_| late::<Q>(within))?
+            .map_err(|error| unavailable::<Q>(&error.to_string()))?
             .ok_or_else(|| unavailable::<Q>("the bus does not answer"))?
             .map_err(|error| match error.kind() {
                 RequestErrorKind::NoResponders => unavailable::<Q>("none of its instances runs"),

@@ -15,6 +15,11 @@ use crate::error::BusError;
 /// How long an end waits for the bus.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(2);
 
+/// A connection that is lost is mostly back within this time; a call waits no longer for it.
+const BLIP: Duration = Duration::from_millis(250);
+/// How often a call that waits for its answer looks whether the connection stands.
+const LOOK: Duration = Duration::from_millis(50);
+
 /// Where the bus is and who we are to it.
 #[derive(Clone, Debug)]
 pub struct Connect {
@@ -119,6 +124,51 @@ impl Bus {
     /// Whether the connection stands now.
     pub fn is_connected(&self) -> bool {
         self.client.connection_state() == async_nats::connection::State::Connected
+    }
+
+    /// Runs a call to the bus, which sets its own time limit. Without a connection it isn't begun, and when the connection
+    /// is lost on the way its answer isn't waited for: `Unavailable` within [`BLIP`], when it may have happened all the same.
+    pub(crate) async fn attend<T>(
+        &self,
+        operation: &'static str,
+        call: impl Future<Output = T>,
+    ) -> Result<T, BusError> {
+        let unavailable = |why| BusError::unavailable(operation, why);
+        if !self.is_connected() {
+            let back = tokio::time::timeout(BLIP, async {
+                while !self.is_connected() {
+                    tokio::time::sleep(LOOK).await;
+                }
+            });
+            back.await.map_err(|_| unavailable("the bus is away"))?;
+        }
+        tokio::select! {
+            biased;
+            answer = call => Ok(answer),
+            () = self.away() => Err(unavailable("the connection was lost before the answer came")),
+        }
+    }
+
+    /// The same for a call each of whose errors says no more than that the bus could not do it now.
+    pub(crate) async fn call<T, E: std::fmt::Display>(
+        &self,
+        operation: &'static str,
+        call: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, BusError> {
+        self.attend(operation, call).await?.map_err(|error| BusError::unavailable(operation, error))
+    }
+
+    /// Returns once the connection has been down for longer than [`BLIP`].
+    async fn away(&self) {
+        let mut since = None;
+        loop {
+            if self.is_connected() {
+                since = None;
+            } else if since.get_or_insert_with(tokio::time::Instant::now).elapsed() >= BLIP {
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// Whether the server answers: a connection may stand while nobody is behind it.

@@ -22,13 +22,10 @@ use tokio_util::task::TaskTracker;
 
 use crate::connection::{Bus, PATIENCE};
 use crate::error::BusError;
-use crate::layout::LEASE;
+use crate::lease::Lease;
 
-const RENEW_EVERY: Duration = Duration::from_secs(10);
-/// Who could not renew for this long stops acting.
-const ACT_FOR: Duration = Duration::from_secs(20);
-/// Who was cut off, and is back, waits this long before it takes anything over: others were cut off too.
-const SETTLE: Duration = Duration::from_secs(15);
+/// Before a renewal that failed is tried again.
+const RENEW_AGAIN: Duration = Duration::from_secs(1);
 
 /// This process's lease, and everybody else's.
 #[derive(Clone)]
@@ -42,6 +39,7 @@ struct Shared {
     role: String,
     /// What the lease says: role, life and host.
     says: String,
+    lease: Lease,
     mine: Mutex<Mine>,
     live: watch::Sender<BTreeSet<InstanceId>>,
     released: CancellationToken,
@@ -65,6 +63,7 @@ impl Holders {
         role: &str,
         life: &str,
         host: Option<&str>,
+        lease: Lease,
         tasks: &TaskTracker,
     ) -> Result<Self, BusError> {
         let store = bus
@@ -80,6 +79,7 @@ impl Holders {
                 store,
                 role: role.to_owned(),
                 says: format!("{role} {life} {}", host.unwrap_or_default()),
+                lease,
                 mine: Mutex::new(mine),
                 live: watch::Sender::new(BTreeSet::new()),
                 released: CancellationToken::new(),
@@ -111,11 +111,12 @@ impl Holders {
         Ok(holders)
     }
 
-    /// Who we are, while we may act. `None` while the lease could not be renewed for 20 s; after it has lapsed, a new
+    /// Who we are, while we may act. `None` while the lease could not be renewed for two thirds of it; after it has lapsed, a new
     /// instance, without the old one's claims.
     pub fn me(&self) -> Option<InstanceId> {
         let mine = self.mine();
-        (mine.revision > 0 && mine.renewed.elapsed() < ACT_FOR).then(|| mine.instance.clone())
+        (mine.revision > 0 && mine.renewed.elapsed() < self.shared.lease.act_for())
+            .then(|| mine.instance.clone())
     }
 
     /// Every live instance of our own role, ourselves included.
@@ -152,7 +153,7 @@ impl Holders {
             let mine = self.mine();
             if mine.instance == *instance
                 || mine.settled > Instant::now()
-                || mine.renewed.elapsed() >= ACT_FOR
+                || mine.renewed.elapsed() >= self.shared.lease.act_for()
             {
                 return Ok(false);
             }
@@ -191,10 +192,10 @@ impl Holders {
     async fn keep_renewing(&self) {
         loop {
             let pause = match self.renew().await {
-                Ok(()) => RENEW_EVERY,
+                Ok(()) => self.shared.lease.renew_every(),
                 Err(error) => {
                     tracing::warn!("the lease could not be renewed: {error}");
-                    Duration::from_secs(1)
+                    RENEW_AGAIN
                 }
             };
             tokio::time::sleep(pause).await;
@@ -203,9 +204,10 @@ impl Holders {
 
     async fn renew(&self) -> Result<(), BusError> {
         const RENEW: &str = "renew the lease";
+        let lease = self.shared.lease;
         let before = self.mine().clone();
         let sent = Instant::now();
-        if before.revision > 0 && before.renewed.elapsed() >= LEASE {
+        if before.revision > 0 && before.renewed.elapsed() >= lease.ttl() {
             self.begin_anew(sent)?;
             return Err(BusError::Refused {
                 operation: RENEW,
@@ -215,7 +217,7 @@ impl Holders {
         let message = PublishMessage::build()
             .payload(self.shared.says.clone().into())
             .expected_last_subject_sequence(before.revision)
-            .ttl(LEASE);
+            .ttl(lease.ttl());
         let published = self.shared.bus.js.send_publish(key(&before.instance), message).await;
         let ack = match published {
             Ok(ack) => ack.await,
@@ -224,8 +226,8 @@ impl Holders {
         match ack {
             Ok(ack) => {
                 let mut mine = self.mine();
-                if before.renewed.elapsed() >= ACT_FOR {
-                    mine.settled = sent + SETTLE;
+                if before.renewed.elapsed() >= lease.act_for() {
+                    mine.settled = sent + lease.settle();
                 }
                 mine.revision = ack.sequence;
                 mine.renewed = sent;
@@ -264,7 +266,7 @@ impl Holders {
             "the lease of {} has lapsed: going on as {instance}, without its claims",
             mine.instance
         );
-        *mine = Mine { instance, revision: 0, renewed: now, settled: now + SETTLE };
+        *mine = Mine { instance, revision: 0, renewed: now, settled: now + self.shared.lease.settle() };
         Ok(())
     }
 
@@ -320,13 +322,13 @@ impl Bus {
 }
 
 /// A lease as it lies in the bucket.
-pub(crate) struct Lease {
+pub(crate) struct Held {
     pub(crate) instance: InstanceId,
     life: String,
     pub(crate) host: String,
 }
 
-pub(crate) async fn leases(store: &Store) -> Result<Vec<Lease>, BusError> {
+pub(crate) async fn leases(store: &Store) -> Result<Vec<Held>, BusError> {
     let failed = |error: &dyn std::fmt::Display| BusError::unavailable("read the leases", error);
     let mut keys = store.keys().await.map_err(|error| failed(&error))?;
     let mut leases = Vec::new();
@@ -337,7 +339,7 @@ pub(crate) async fn leases(store: &Store) -> Result<Vec<Lease>, BusError> {
         let says = String::from_utf8_lossy(&says).into_owned();
         let mut words = says.split(' ').skip(1).map(ToOwned::to_owned);
         let (life, host) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-        leases.push(Lease { instance, life, host });
+        leases.push(Held { instance, life, host });
     }
     Ok(leases)
 }

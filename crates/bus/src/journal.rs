@@ -38,12 +38,28 @@ pub enum AppendError {
     /// Somebody appended to this image first: read the tail and decide anew.
     #[error("another append to this image came first")]
     Lost,
+    /// The event that it was to follow is in the journal no more: somebody deleted or emptied the stream.
+    #[error("the journal does not hold this build's history any more")]
+    Gone,
     /// The rules of `domain` don't allow it from the record that it was based on.
     #[error(transparent)]
     Illegal(#[from] Illegal),
     /// For [`BusError::Unavailable`] it is not known whether it happened.
     #[error(transparent)]
     Bus(#[from] BusError),
+}
+
+/// How many bytes the journal takes: `u64::MAX` where nothing bounds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    pub left: u64,
+    pub limit: u64,
+}
+
+impl std::fmt::Display for Room {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} has {} of {} bytes left", subject::JOURNAL_STREAM, self.left, self.limit)
+    }
 }
 
 /// The journal stream, for one instance.
@@ -59,14 +75,12 @@ const READ: &str = "read the journal";
 const APPEND: &str = "append to the journal";
 /// How often an append whose answer was lost is decided by reading back, before it is given up as not known.
 const READ_BACKS: u32 = 5;
+/// For how long an append is tried where the bus answers slowly or not at all.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 impl Journal {
     pub async fn open(bus: &Bus) -> Result<Self, BusError> {
-        let stream = bus
-            .js
-            .get_stream_no_info(subject::JOURNAL_STREAM)
-            .await
-            .map_err(|error| BusError::unavailable("open the journal", error))?;
+        let stream = bus.call("open the journal", bus.js.get_stream_no_info(subject::JOURNAL_STREAM)).await?;
         Ok(Self { bus: bus.clone(), stream: Arc::new(stream) })
     }
 
@@ -81,18 +95,19 @@ impl Journal {
     }
 
     async fn last(&self, filter: &str) -> Result<Option<Entry>, BusError> {
-        match self.stream.get_last_raw_message_by_subject(filter).await {
+        match self.bus.attend(READ, self.stream.get_last_raw_message_by_subject(filter)).await? {
             Ok(message) => entry_of(&message).map(Some),
             Err(error) if matches!(error.kind(), LastRawMessageErrorKind::NoMessageFound) => Ok(None),
             Err(error) => Err(BusError::unavailable(READ, error)),
         }
     }
 
-    /// Bytes that the journal still takes, by its leader's word; `u64::MAX` where nothing bounds it.
-    pub async fn room(&self) -> Result<u64, BusError> {
-        let info = self.stream.get_info().await.map_err(|error| BusError::unavailable(READ, error))?;
-        let bound = u64::try_from(info.config.max_bytes).unwrap_or(0);
-        Ok(if bound == 0 { u64::MAX } else { bound.saturating_sub(info.state.bytes) })
+    /// What the journal still takes, by its leader's word.
+    pub async fn room(&self) -> Result<Room, BusError> {
+        let info = self.bus.call(READ, self.stream.get_info()).await?;
+        let limit = u64::try_from(info.config.max_bytes).ok().filter(|limit| *limit > 0);
+        let limit = limit.unwrap_or(u64::MAX);
+        Ok(Room { left: limit.saturating_sub(info.state.bytes), limit })
     }
 
     /// Appends a change to an image's history, on top of `tail` (its last event, `None` where it has none).
@@ -113,30 +128,43 @@ impl Journal {
             serde_json::to_vec(&record).map_err(|error| BusError::malformed(APPEND, error))?,
         );
         let headers = headers(&record, event, &event_id, by, expected);
-        let mut pause = Duration::from_millis(5);
-        let mut read_backs = 0;
-        loop {
-            let failed = self.publish(&record, event, &headers, &payload).await.err();
-            match failed.as_ref().map(verdict) {
-                Some(Verdict::Failed(error)) => return Err(error.into()),
-                None | Some(Verdict::Overtaken | Verdict::Undecided | Verdict::Unknown) => {}
-            }
-            // Read back even a success: the server's time of the event is part of the record.
-            match self.read_back(&record, event, &event_id, expected).await {
-                Ok(ReadBack::Ours(entry)) => return Ok(*entry),
-                Ok(ReadBack::Another) => return Err(AppendError::Lost),
-                // Nothing there: not yet decided, or never arrived. The same event is sent again.
-                Ok(ReadBack::Nothing) if read_backs < READ_BACKS => {}
-                Ok(ReadBack::Nothing) => {
-                    return Err(BusError::unavailable(APPEND, "it was sent, and did not arrive").into());
+        let appending = async {
+            let mut pause = Duration::from_millis(5);
+            let mut read_backs = 0;
+            loop {
+                let published = self.publish(&record, event, &headers, &payload);
+                let overtaken = match self.bus.attend(APPEND, published).await {
+                    Ok(Ok(())) | Err(_) => false,
+                    Ok(Err(error)) => match verdict(&error) {
+                        Verdict::Failed(error) => return Err(error.into()),
+                        Verdict::Overtaken => true,
+                        Verdict::Undecided | Verdict::Unknown => false,
+                    },
+                };
+                // Read back even a success: the server's time of the event is part of the record.
+                match self.read_back(&record, event, &event_id, expected).await {
+                    Ok(ReadBack::Ours(entry)) => return Ok(*entry),
+                    Ok(ReadBack::Another) => return Err(AppendError::Lost),
+                    Ok(ReadBack::Gone) if overtaken || read_backs >= READ_BACKS => {
+                        return Err(AppendError::Gone);
+                    }
+                    // Nothing there: not yet decided, or never arrived. The same event is sent again.
+                    Ok(ReadBack::Nothing | ReadBack::Gone) if read_backs < READ_BACKS => {}
+                    Ok(ReadBack::Nothing | ReadBack::Gone) => {
+                        return Err(BusError::unavailable(APPEND, "it was sent, and did not arrive").into());
+                    }
+                    Err(error) if read_backs >= READ_BACKS || !self.bus.is_connected() => {
+                        return Err(error.into());
+                    }
+                    Err(_) => {}
                 }
-                Err(error) if read_backs >= READ_BACKS => return Err(error.into()),
-                Err(_) => {}
+                read_backs += 1;
+                tokio::time::sleep(jittered(pause)).await;
+                pause = (pause * 3).min(Duration::from_secs(1));
             }
-            read_backs += 1;
-            tokio::time::sleep(jittered(pause)).await;
-            pause = (pause * 3).min(Duration::from_secs(1));
-        }
+        };
+        let late = |_| BusError::unavailable(APPEND, "the bus did not answer in time");
+        tokio::time::timeout(PATIENCE, appending).await.map_err(late)?
     }
 
     async fn publish(
@@ -159,7 +187,9 @@ impl Journal {
         event_id: &str,
         expected: u64,
     ) -> Result<ReadBack, BusError> {
-        let Some(last) = self.last_of_image(&record.image_key()).await? else { return Ok(ReadBack::Nothing) };
+        let Some(last) = self.last_of_image(&record.image_key()).await? else {
+            return Ok(if expected == 0 { ReadBack::Nothing } else { ReadBack::Gone });
+        };
         if last.event_id == event_id {
             return Ok(ReadBack::Ours(Box::new(last)));
         }
@@ -177,6 +207,8 @@ enum ReadBack {
     Ours(Box<Entry>),
     Another,
     Nothing,
+    /// Not even what it was to follow.
+    Gone,
 }
 
 enum Verdict {
@@ -197,7 +229,7 @@ fn verdict(error: &PublishError) -> Verdict {
         PublishErrorKind::TimedOut | PublishErrorKind::BrokenPipe => Verdict::Unknown,
         PublishErrorKind::StreamNotFound => Verdict::Failed(BusError::Unavailable {
             operation: APPEND,
-            detail: "the stream is missing or has no leader".into(),
+            detail: format!("stream {} is missing or has no leader", subject::JOURNAL_STREAM),
         }),
         _ => match jetstream_code(error) {
             Some(
@@ -208,7 +240,10 @@ fn verdict(error: &PublishError) -> Verdict {
                 ErrorCode::STREAM_STORE_FAILED
                 | ErrorCode::INSUFFICIENT_RESOURCES
                 | ErrorCode::STORAGE_RESOURCES_EXCEEDED,
-            ) => Verdict::Failed(BusError::Full { operation: APPEND, detail: error.to_string() }),
+            ) => Verdict::Failed(BusError::Full {
+                operation: APPEND,
+                detail: format!("stream {}: {error}", subject::JOURNAL_STREAM),
+            }),
             _ => Verdict::Failed(BusError::refused(APPEND, error)),
         },
     }

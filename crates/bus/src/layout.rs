@@ -34,9 +34,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 const DAY: u64 = 24 * 60 * 60;
 
-/// An instance's lease, and how long a marker of a lapsed one is kept.
-pub(crate) const LEASE: Duration = Duration::from_secs(30);
-
 impl Bus {
     /// Creates what is missing and updates what differs. An error names the stream or bucket, and why it can't be changed.
     /// Where another process makes them at the same moment, and in a

@@ -13,6 +13,7 @@ pub mod holders;
 pub mod inspect;
 pub mod journal;
 pub mod layout;
+pub mod lease;
 pub mod logs;
 pub mod refs;
 pub mod seal;
@@ -23,3 +24,4 @@ pub mod view;
 
 pub use connection::{Bus, Connect};
 pub use error::BusError;
+pub use lease::Lease;

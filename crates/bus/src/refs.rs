@@ -14,6 +14,7 @@ use crate::error::BusError;
 /// The bucket.
 #[derive(Clone)]
 pub struct RefsBucket {
+    bus: Bus,
     store: async_nats::jetstream::kv::Store,
 }
 
@@ -35,37 +36,24 @@ impl RefKey {
 impl RefsBucket {
     /// The bucket that [`Bus::provision`] made.
     pub async fn open(bus: &Bus) -> Result<Self, BusError> {
-        let store = bus
-            .js
-            .get_key_value(bucket::REFS)
-            .await
-            .map_err(|error| BusError::unavailable("open the bucket of references", error))?;
-        Ok(Self { store })
+        let store = bus.call("open the bucket of references", bus.js.get_key_value(bucket::REFS)).await?;
+        Ok(Self { bus: bus.clone(), store })
     }
 
     /// Keeps an answer. Whoever writes last wins.
     pub async fn put(&self, key: &RefKey, answer: Bytes) -> Result<(), BusError> {
-        self.store
-            .put(key.subject_token(), answer)
-            .await
-            .map(|_| ())
-            .map_err(|error| BusError::unavailable("keep a resolved reference", error))
+        let put = self.store.put(key.subject_token(), answer);
+        self.bus.call("keep a resolved reference", put).await.map(|_| ())
     }
 
     /// Removes an answer that isn't true any more.
     pub async fn remove(&self, key: &RefKey) -> Result<(), BusError> {
-        self.store
-            .purge(key.subject_token())
-            .await
-            .map_err(|error| BusError::unavailable("remove a resolved reference", error))
+        self.bus.call("remove a resolved reference", self.store.purge(key.subject_token())).await
     }
 
     /// An answer that some replica kept; `None` if there is none. On a cluster it may be an older one.
     pub async fn get(&self, key: &RefKey) -> Result<Option<Bytes>, BusError> {
-        self.store
-            .get(key.subject_token())
-            .await
-            .map_err(|error| BusError::unavailable("read a resolved reference", error))
+        self.bus.call("read a resolved reference", self.store.get(key.subject_token())).await
     }
 }
 

@@ -30,49 +30,38 @@ pub fn open(key: &OpenKey, sealed: &[u8]) -> Result<Secrets, SealError> {
 /// The bucket. It never sees an open secret.
 #[derive(Clone)]
 pub struct SecretsBucket {
+    bus: Bus,
     store: async_nats::jetstream::kv::Store,
 }
 
 impl SecretsBucket {
     pub async fn open(bus: &Bus) -> Result<Self, BusError> {
-        let store = bus
-            .js
-            .get_key_value(bucket::SECRETS)
-            .await
-            .map_err(|error| BusError::unavailable("open the secrets bucket", error))?;
-        Ok(Self { store })
+        let store = bus.call("open the secrets bucket", bus.js.get_key_value(bucket::SECRETS)).await?;
+        Ok(Self { bus: bus.clone(), store })
     }
 
     /// Keeps a build's sealed secrets.
     pub async fn put(&self, id: &BuildId, sealed: Bytes) -> Result<(), BusError> {
-        self.store
-            .put(id.as_str(), sealed)
-            .await
-            .map(|_| ())
-            .map_err(|error| BusError::unavailable("keep a build's secrets", error))
+        self.bus.call("keep a build's secrets", self.store.put(id.as_str(), sealed)).await.map(|_| ())
     }
 
     /// A build's sealed secrets; `None` once it is cleaned up.
     pub async fn get(&self, id: &BuildId) -> Result<Option<Bytes>, BusError> {
+        const READ: &str = "read a build's secrets";
+        let key = format!("$KV.{}.{id}", bucket::SECRETS);
         // From the leader: a replica may not have yet what was put a moment ago, and a build would fail for it.
-        match self
-            .store
-            .stream
-            .get_last_raw_message_by_subject(&format!("$KV.{}.{id}", bucket::SECRETS))
-            .await
-        {
+        match self.bus.attend(READ, self.store.stream.get_last_raw_message_by_subject(&key)).await? {
             Ok(message) if message.headers.get("KV-Operation").is_some() => Ok(None),
             Ok(message) => Ok(Some(message.payload)),
             Err(error) if matches!(error.kind(), LastRawMessageErrorKind::NoMessageFound) => Ok(None),
-            Err(error) => Err(BusError::unavailable("read a build's secrets", error)),
+            Err(error) => Err(BusError::unavailable(READ, error)),
         }
     }
 
     /// Since when a build's entry is there; `None` once it is cleaned up.
     pub async fn since(&self, id: &BuildId) -> Result<Option<Timestamp>, BusError> {
         const READ: &str = "look at a build's secrets";
-        let entry =
-            self.store.entry(id.as_str()).await.map_err(|error| BusError::unavailable(READ, error))?;
+        let entry = self.bus.call(READ, self.store.entry(id.as_str())).await?;
         let put = entry.filter(|entry| entry.operation == Operation::Put);
         put.map(|entry| Timestamp::from_nanosecond(entry.created.unix_timestamp_nanos()))
             .transpose()
@@ -81,21 +70,20 @@ impl SecretsBucket {
 
     /// Removes a build's entry, its old revisions too.
     pub async fn remove(&self, id: &BuildId) -> Result<(), BusError> {
-        self.store
-            .purge(id.as_str())
-            .await
-            .map_err(|error| BusError::unavailable("remove a build's secrets", error))
+        self.bus.call("remove a build's secrets", self.store.purge(id.as_str())).await
     }
 
     /// The builds that are not cleaned up yet.
     pub async fn builds(&self) -> Result<Vec<BuildId>, BusError> {
-        let failed = |error: &dyn std::fmt::Display| BusError::unavailable("list builds to clean up", error);
-        let mut keys = self.store.keys().await.map_err(|error| failed(&error))?;
-        let mut builds = Vec::new();
-        while let Some(key) = keys.next().await {
-            // A key that is no build id is not ours.
-            builds.extend(key.map_err(|error| failed(&error))?.parse());
-        }
-        Ok(builds)
+        let list = async {
+            let mut keys = self.store.keys().await.map_err(|error| error.to_string())?;
+            let mut builds = Vec::new();
+            while let Some(key) = keys.next().await {
+                // A key that is no build id is not ours.
+                builds.extend(key.map_err(|error| error.to_string())?.parse());
+            }
+            Ok::<_, String>(builds)
+        };
+        self.bus.call("list builds to clean up", list).await
     }
 }

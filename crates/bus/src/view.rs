@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use async_nats::jetstream::consumer::DeliverPolicy;
 use async_nats::jetstream::consumer::pull::OrderedConfig;
+use async_nats::jetstream::stream;
 use futures::StreamExt as _;
 use jiff::Timestamp;
 use kiln_contract::subject;
@@ -21,6 +22,18 @@ use crate::journal::{Entry, entry};
 /// Changes that a listener may be behind before it must look at everything again.
 const CHANGES_KEPT: usize = 1_024;
 
+/// How often it is looked whether the stream still is the one that was read, and holds what the view holds.
+const LOOK: Duration = Duration::from_secs(3);
+const FOLLOW: &str = "follow the journal";
+
+/// What listeners hear.
+#[derive(Clone, Debug)]
+pub enum News {
+    Changed(Arc<Entry>),
+    /// The stream was deleted, emptied or restored: the view holds what is there now, and nothing of before.
+    BegunAnew,
+}
+
 /// The last record of every build; clones share it.
 #[derive(Clone)]
 pub struct View {
@@ -32,7 +45,7 @@ struct Shared {
     finished_kept: usize,
     sequence: watch::Sender<u64>,
     caught_up: watch::Sender<bool>,
-    changes: broadcast::Sender<Arc<Entry>>,
+    changes: broadcast::Sender<News>,
 }
 
 #[derive(Default)]
@@ -94,7 +107,7 @@ impl View {
     }
 
     /// Every change from now on. A listener that lags must look at [`View::active`] again.
-    pub fn changes(&self) -> broadcast::Receiver<Arc<Entry>> {
+    pub fn changes(&self) -> broadcast::Receiver<News> {
         self.shared.changes.subscribe()
     }
 
@@ -119,10 +132,17 @@ impl View {
 
     async fn follow(&self, bus: &Bus) {
         let mut pause = Duration::from_millis(100);
+        let mut created = None;
+        let mut said = false;
         loop {
             let before = *self.shared.sequence.borrow();
-            if let Err(error) = self.follow_once(bus).await {
-                tracing::warn!("the view of the journal was cut off; reading on from {before}: {error}");
+            if let Err(error) = self.follow_once(bus, &mut created).await {
+                let read_on = *self.shared.sequence.borrow() > before;
+                // Once for each cut, not for each try.
+                if read_on || !said {
+                    tracing::warn!("the view of the journal was cut off at {before}, and goes on: {error}");
+                }
+                said = true;
             }
             if *self.shared.sequence.borrow() > before {
                 pause = Duration::from_millis(100);
@@ -132,33 +152,44 @@ impl View {
         }
     }
 
-    async fn follow_once(&self, bus: &Bus) -> Result<(), BusError> {
-        const FOLLOW: &str = "follow the journal";
-        let unavailable = |error: &dyn std::fmt::Display| BusError::unavailable(FOLLOW, error);
-        let stream = bus.js.get_stream(subject::JOURNAL_STREAM).await.map_err(|error| unavailable(&error))?;
-        let state = &stream.cached_info().state;
-        let (last, from) = (state.last_sequence, *self.shared.sequence.borrow() + 1);
-        if last + 1 < from {
-            // The stream was made anew: what it holds now is the truth.
-            tracing::error!(
-                "the journal begins anew at {last}: it was deleted or restored; reading all of it"
-            );
-            *self.shared.state.write().unwrap_or_else(PoisonError::into_inner) = State::default();
-            self.shared.sequence.send_replace(0);
-            return Ok(());
+    /// Reads on until the consumer ends. `created` is when the stream was made that the view has read, in nanoseconds since
+    /// the epoch.
+    async fn follow_once(&self, bus: &Bus, created: &mut Option<i128>) -> Result<(), BusError> {
+        let stream = bus.call(FOLLOW, bus.js.get_stream(subject::JOURNAL_STREAM)).await?;
+        let info = stream.cached_info();
+        let made = info.created.unix_timestamp_nanos();
+        if created.is_some_and(|created| created != made) || !self.is_of(&info.state) {
+            self.begin_anew(&info.state);
         }
-        if state.messages == 0 || last < from {
+        *created = Some(made);
+        let (last, from) = (info.state.last_sequence, *self.shared.sequence.borrow() + 1);
+        if info.state.messages == 0 || last < from {
             self.shared.caught_up.send_replace(true);
         }
         let deliver_policy = DeliverPolicy::ByStartSequence { start_sequence: from };
-        let consumer = stream
-            .create_consumer(OrderedConfig { deliver_policy, ..Default::default() })
-            .await
-            .map_err(|error| unavailable(&error))?;
-        let mut messages = consumer.messages().await.map_err(|error| unavailable(&error))?;
-        while let Some(message) = messages.next().await {
-            let message = message.map_err(|error| unavailable(&error))?;
-            let info = message.info().map_err(|error| unavailable(&error))?;
+        let consumer = stream.create_consumer(OrderedConfig { deliver_policy, ..Default::default() });
+        let consumer = bus.call(FOLLOW, consumer).await?;
+        let mut messages = bus.call(FOLLOW, consumer.messages()).await?;
+        let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK, LOOK);
+        loop {
+            let message = tokio::select! {
+                message = messages.next() => message,
+                // The consumer goes on by itself with a stream that was made anew, from where it was in the old one.
+                _ = look.tick() => {
+                    // One that is away is the consumer's to notice.
+                    if let Ok(now) = bus.call(FOLLOW, stream.get_info()).await
+                        && (now.created.unix_timestamp_nanos() != made || !self.is_of(&now.state))
+                    {
+                        return Ok(());
+                    }
+                    continue;
+                }
+            };
+            let Some(message) = message else {
+                return Err(BusError::unavailable(FOLLOW, "the consumer ended"));
+            };
+            let message = message.map_err(|error| BusError::unavailable(FOLLOW, error))?;
+            let info = message.info().map_err(|error| BusError::unavailable(FOLLOW, error))?;
             let stored_at = Timestamp::from_nanosecond(info.published.unix_timestamp_nanos())
                 .map_err(|error| BusError::malformed(FOLLOW, error))?;
             let (sequence, pending) = (info.stream_sequence, info.pending);
@@ -174,7 +205,28 @@ impl View {
                 self.shared.caught_up.send_if_modified(|caught_up| !std::mem::replace(caught_up, true));
             }
         }
-        Err(BusError::unavailable(FOLLOW, "the consumer ended"))
+    }
+
+    /// Whether the view can be of a stream in this state: it has read no further, and holds no active build that the
+    /// stream doesn't. Finished ones go by their age.
+    fn is_of(&self, stream: &stream::State) -> bool {
+        let state = self.state();
+        let mut active = state.active.values().filter_map(|id| state.builds.get(id));
+        *self.shared.sequence.borrow() <= stream.last_sequence
+            && active.all(|(entry, _)| entry.sequence >= stream.first_sequence)
+    }
+
+    fn begin_anew(&self, stream: &stream::State) {
+        tracing::error!(
+            "the journal was deleted, emptied or restored, and holds events {} to {} now: builds that it doesn't hold are lost",
+            stream.first_sequence,
+            stream.last_sequence
+        );
+        self.shared.caught_up.send_replace(false);
+        *self.shared.state.write().unwrap_or_else(PoisonError::into_inner) = State::default();
+        self.shared.sequence.send_replace(0);
+        // Nobody listens: nobody misses it.
+        let _ = self.shared.changes.send(News::BegunAnew);
     }
 
     fn take(&self, entry: Entry) {
@@ -193,7 +245,7 @@ impl View {
             state.forget_oldest(self.shared.finished_kept);
         }
         // Nobody listens: nobody misses it.
-        let _ = self.shared.changes.send(entry);
+        let _ = self.shared.changes.send(News::Changed(entry));
     }
 
     fn state(&self) -> RwLockReadGuard<'_, State> {

@@ -80,6 +80,21 @@ pub trait Keychain: Send + Sync {
 pub enum Credential {
     /// A user name and a password, or what stands for one.
     Password { username: String, password: SecretString },
+    /// A refresh token (Docker's "identity token"), which a token service gives tokens for.
+    IdentityToken(SecretString),
+    /// A token that the registry takes as it is.
+    RegistryToken(SecretString),
+}
+
+impl Credential {
+    /// What tells it from any other: kind, user, secret. For the key of a cache; to be hashed there.
+    pub fn distinguishing(&self) -> [&str; 3] {
+        match self {
+            Self::Password { username, password } => ["password", username, password.expose_secret()],
+            Self::IdentityToken(token) => ["identity token", "", token.expose_secret()],
+            Self::RegistryToken(token) => ["registry token", "", token.expose_secret()],
+        }
+    }
 }
 
 /// Credentials in memory, by registry. Empty, it is anonymous everywhere.
@@ -94,6 +109,11 @@ pub struct InvalidCredential {
 }
 
 impl Keyring {
+    /// Adds a credential for a registry, named exactly as a reference names it.
+    pub fn put(&mut self, registry: &str, credential: Credential) {
+        self.0.insert(registry.to_owned(), credential);
+    }
+
     /// Adds `username:password` (the password may contain colons) for a registry, written as in a reference, as
     /// Docker Hub's other names, or as a URL of a Docker config file.
     pub fn insert(&mut self, registry: &str, login: &SecretString) -> Result<(), InvalidCredential> {

@@ -161,7 +161,7 @@ async fn put(
     mut url: Url,
 ) -> Result<(), Error> {
     let reference = to.at(&blob.digest);
-    let shown = to.authorization(&url, &reference).await?;
+    let shown = to.authorization(&url).await?;
     url.query_pairs_mut().append_pair("digest", blob.digest.as_str());
     let stall = to.http.config.stall_timeout;
     let watch = Arc::new(Watch::default());

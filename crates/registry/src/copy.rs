@@ -7,28 +7,27 @@ use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
 use oci_spec::image::Descriptor;
 
-use crate::BeforePut;
 use crate::access::Access;
 use crate::blob::{self, Blob};
 use crate::error::Error;
-use crate::http::Http;
 use crate::manifest::{Content, Manifest};
 use crate::repository::{Repository, digest_of};
 use crate::resolve::{Found, find};
 use crate::retry::Retry;
+use crate::{BeforePut, OciRegistry};
 
 /// See [`crate::Registry::copy`].
 pub(crate) async fn copy(
-    http: &Http,
+    client: &OciRegistry,
     from: &ImageReference,
     to: &ImageReference,
     platform: &Platform,
     access: &Access,
     before_put: &mut BeforePut<'_>,
 ) -> Result<Digest, Error> {
-    let source = Repository::source(http, from, access)?;
+    let source = Repository::source(client, from, access)?;
     let mount_from = (from.registry() == to.registry()).then_some(from.repository());
-    let target = Repository::target(http, to, mount_from, access)?;
+    let target = Repository::target(client, to, mount_from, access)?;
     let manifest = match find(&source, from.selector(), from, platform).await? {
         Found::Read(manifest) => *manifest,
         Found::Named(digest) => named(&source, from, &digest).await?,
@@ -38,12 +37,12 @@ pub(crate) async fn copy(
         let (source, target) = (&source, &target);
         async move { blob::copy(source, target, &blob).await }
     });
-    let parallel = http.config.parallel_blobs.max(1);
+    let parallel = client.http.config.parallel_blobs.max(1);
     stream::iter(copies).buffer_unordered(parallel).try_collect::<()>().await?;
 
     let mut retry = Retry::of_request(access, to.registry());
     loop {
-        before_put(&manifest.digest).map_err(Error::Stopped)?;
+        before_put(&manifest.digest).map_err(|error| Error::Stopped(error.into()))?;
         match target.put_manifest(to.selector(), &manifest, &to.to_string()).await {
             Ok(()) => return Ok(manifest.digest),
             Err(failure) => retry.wait(failure).await?,

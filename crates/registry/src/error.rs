@@ -3,6 +3,7 @@
 use std::error::Error as StdError;
 use std::fmt;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,7 +13,7 @@ use kiln_domain::platform::Platform;
 use serde::Deserialize;
 
 /// Why a registry could not do what it was asked. Each names what it was asked about; none holds a secret.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// No such repository, tag, manifest or blob.
     #[error("{reference} does not exist")]
@@ -46,7 +47,7 @@ pub enum Error {
     Rejected { reference: String, status: u16, problem: String },
     /// The caller's `before_put` said no.
     #[error("stopped before the manifest was put")]
-    Stopped(#[source] io::Error),
+    Stopped(#[source] Arc<io::Error>),
 }
 
 /// Why a registry cannot be asked.

@@ -42,7 +42,7 @@ pub async fn repository(config: Config, repository: &str) -> Finding {
         Err(error) => return trouble(part, &error, &reference),
     }
     let writable =
-        async { blob::may_upload(&Repository::target(&registry.http, &reference, None, &access)?).await };
+        async { blob::may_upload(&Repository::target(&registry, &reference, None, &access)?).await };
     match access.in_time(reference.registry(), writable).await {
         Ok(()) => Finding::ok(part, "it answers, and takes uploads"),
         Err(Error::Unauthenticated { .. } | Error::Denied { .. }) => {

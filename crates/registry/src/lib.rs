@@ -3,8 +3,9 @@
 //!
 //! - I am asked by the resolver (resolve, digest) and the builder (digest, copy), through the port [`Registry`].
 //! - I ask registries over HTTP(S), the token services that they name, and the caller's [`Keychain`].
-//! - I never keep anything between two calls (caching is the resolver's), read a clock other than tokio's, send a
-//!   credential anywhere but to the registry it is for and that registry's token service, or follow a redirect with one.
+//! - I never keep anything between two calls but tokens (caching answers is the resolver's), give a token to a credential
+//!   that it was not made for, send a credential anywhere but to the registry it is for and that registry's token service,
+//!   or follow a redirect with one.
 //!
 //! An own client, not oci-client 0.18: that one reads bodies without a bound, drops Retry-After, follows redirects
 //! by itself and unwraps what a registry sends (the upload location, a token that is no header value).
@@ -21,6 +22,7 @@ mod repository;
 mod resolve;
 mod retry;
 mod token;
+mod tokens;
 
 use std::io;
 
@@ -32,6 +34,7 @@ pub use crate::access::{Access, Credential, InvalidCredential, Keychain, Keyring
 pub use crate::error::{Error, Problem};
 pub use crate::http::Config;
 use crate::http::Http;
+use crate::tokens::Tokens;
 
 /// Called with the digest of the manifest that is about to be put.
 pub type BeforePut<'a> = dyn FnMut(&Digest) -> io::Result<()> + Send + 'a;
@@ -79,11 +82,12 @@ pub trait Registry: Send + Sync {
 #[derive(Debug, Default)]
 pub struct OciRegistry {
     http: Http,
+    tokens: Tokens,
 }
 
 impl OciRegistry {
     pub fn new(config: Config) -> Self {
-        Self { http: Http::new(config) }
+        Self { http: Http::new(config), tokens: Tokens::default() }
     }
 }
 
@@ -95,11 +99,11 @@ impl Registry for OciRegistry {
         platform: &Platform,
         access: &Access,
     ) -> Result<Digest, Error> {
-        access.in_time(reference.registry(), resolve::resolve(&self.http, reference, platform, access)).await
+        access.in_time(reference.registry(), resolve::resolve(self, reference, platform, access)).await
     }
 
     async fn digest(&self, reference: &ImageReference, access: &Access) -> Result<Option<Digest>, Error> {
-        access.in_time(reference.registry(), resolve::digest(&self.http, reference, access)).await
+        access.in_time(reference.registry(), resolve::digest(self, reference, access)).await
     }
 
     async fn copy(
@@ -110,7 +114,7 @@ impl Registry for OciRegistry {
         access: &Access,
         before_put: &mut BeforePut<'_>,
     ) -> Result<Digest, Error> {
-        let copied = copy::copy(&self.http, from, to, platform, access, before_put);
+        let copied = copy::copy(self, from, to, platform, access, before_put);
         access.in_time(to.registry(), copied).await
     }
 }

@@ -9,17 +9,20 @@ use tokio::sync::Mutex;
 use tokio::time::timeout;
 use url::Url;
 
+use crate::OciRegistry;
 use crate::access::{Access, Credential};
 use crate::challenge::Challenge;
 use crate::error::{Error, Problem};
 use crate::http::{Http, body, successful};
 use crate::manifest::{ACCEPTED, Flaw, Manifest};
 use crate::retry::Retry;
-use crate::token::{Authorization, Wanted, fetch};
+use crate::token::{Authorization, Wanted};
+use crate::tokens::Tokens;
 
-/// For the length of one call: what a challenge was met with is kept here, and nowhere else.
+/// For the length of one call.
 pub(crate) struct Repository<'a> {
     pub(crate) http: &'a Http,
+    tokens: &'a Tokens,
     pub(crate) access: &'a Access,
     /// As the reference names it.
     pub(crate) registry: &'a str,
@@ -41,35 +44,36 @@ struct Session {
 impl<'a> Repository<'a> {
     /// To read from.
     pub(crate) fn source(
-        http: &'a Http,
+        client: &'a OciRegistry,
         reference: &'a ImageReference,
         access: &'a Access,
     ) -> Result<Self, Error> {
         let scope = format!("repository:{}:pull", reference.repository());
-        Self::new(http, reference, access, vec![scope])
+        Self::new(client, reference, access, vec![scope])
     }
 
     /// To write to, and within its registry to mount from another.
     pub(crate) fn target(
-        http: &'a Http,
+        client: &'a OciRegistry,
         reference: &'a ImageReference,
         mount_from: Option<&str>,
         access: &'a Access,
     ) -> Result<Self, Error> {
         let scope = format!("repository:{}:pull,push", reference.repository());
         let from = mount_from.map(|name| format!("repository:{name}:pull"));
-        Self::new(http, reference, access, std::iter::once(scope).chain(from).collect())
+        Self::new(client, reference, access, std::iter::once(scope).chain(from).collect())
     }
 
     fn new(
-        http: &'a Http,
+        client: &'a OciRegistry,
         reference: &'a ImageReference,
         access: &'a Access,
         scopes: Vec<String>,
     ) -> Result<Self, Error> {
         let (registry, name) = (reference.registry(), reference.repository());
+        let OciRegistry { http, tokens } = client;
         let base = http.base(registry)?;
-        Ok(Self { http, access, registry, name, base, scopes, session: Mutex::default() })
+        Ok(Self { http, tokens, access, registry, name, base, scopes, session: Mutex::default() })
     }
 
     /// `registry/name@digest`, to name a blob or manifest in a message.
@@ -103,7 +107,7 @@ impl<'a> Repository<'a> {
     /// Sends a request, and meets a challenge if it is answered by one. Success is any other answer.
     pub(crate) async fn send(&self, request: Request, reference: &str) -> Result<Response, Error> {
         let once_more = request.try_clone();
-        let shown = self.authorization(request.url(), reference).await?;
+        let shown = self.authorization(request.url()).await?;
         let answer = self.http.send(authorized(request, shown.clone()), reference, self.registry).await?;
         // Another host's challenge, after a redirect or at an upload's own place, is none of the credential's business.
         if answer.status() != StatusCode::UNAUTHORIZED || answer.url().origin() != self.base.origin() {
@@ -112,18 +116,14 @@ impl<'a> Repository<'a> {
         let (Some(request), Some(challenge)) = (once_more, Challenge::among(answer.headers())) else {
             return Ok(answer);
         };
-        match self.meet(challenge, shown, reference).await? {
+        match self.meet(challenge, shown).await? {
             Some(value) => self.http.send(authorized(request, Some(value)), reference, self.registry).await,
             None => Ok(answer),
         }
     }
 
     /// What to show at a URL: nothing unless it is the registry's own.
-    pub(crate) async fn authorization(
-        &self,
-        url: &Url,
-        reference: &str,
-    ) -> Result<Option<HeaderValue>, Error> {
+    pub(crate) async fn authorization(&self, url: &Url) -> Result<Option<HeaderValue>, Error> {
         if url.origin() != self.base.origin() {
             return Ok(None);
         }
@@ -131,13 +131,25 @@ impl<'a> Repository<'a> {
         if let Some(authorization) = session.authorization.as_ref().filter(|a| a.is_fresh()) {
             return Ok(Some(authorization.value.clone()));
         }
-        let challenge = session.challenge.clone();
-        let renewed = match challenge {
-            Some(challenge) => self.answer(&mut session, challenge, reference).await?,
-            None => None,
+        let renewed = match session.challenge.clone() {
+            Some(challenge) => self.answer(&mut session, challenge, None).await?,
+            None => self.unasked(&mut session).await?,
         };
         session.authorization.clone_from(&renewed);
         Ok(renewed.map(|authorization| authorization.value))
+    }
+
+    /// What to show to a registry that is expected to demand it, as it did before; else it would cost a request to be told.
+    async fn unasked(&self, session: &mut Session) -> Result<Option<Authorization>, Error> {
+        let Some(challenge) = self.tokens.demanded(&self.base, &self.scopes).await else { return Ok(None) };
+        match self.answer(session, challenge, None).await {
+            Err(failure) if !matches!(failure, Error::Limited { .. }) => {
+                // The registry may have another token service by now: it is let speak for itself.
+                self.tokens.forget_demand(&self.base, &self.scopes).await;
+                Ok(None)
+            }
+            other => other,
+        }
     }
 
     /// What to show now that `shown` was not enough; `None` if there is nothing else.
@@ -145,7 +157,6 @@ impl<'a> Repository<'a> {
         &self,
         challenge: Challenge,
         shown: Option<HeaderValue>,
-        reference: &str,
     ) -> Result<Option<HeaderValue>, Error> {
         let mut session = self.session.lock().await;
         let current = session.authorization.as_ref().map(|authorization| &authorization.value);
@@ -153,7 +164,8 @@ impl<'a> Repository<'a> {
             // Another request of this call has met it meanwhile.
             return Ok(current.cloned());
         }
-        let met = self.answer(&mut session, challenge.clone(), reference).await?;
+        self.tokens.demands(&self.base, &self.scopes, challenge.clone()).await;
+        let met = self.answer(&mut session, challenge.clone(), shown.as_ref()).await?;
         session.challenge = Some(challenge);
         session.authorization.clone_from(&met);
         Ok(met.map(|authorization| authorization.value).filter(|value| Some(value) != shown.as_ref()))
@@ -163,7 +175,7 @@ impl<'a> Repository<'a> {
         &self,
         session: &mut Session,
         challenge: Challenge,
-        reference: &str,
+        rejected: Option<&HeaderValue>,
     ) -> Result<Option<Authorization>, Error> {
         let credential = match &session.credential {
             Some(known) => known.clone(),
@@ -174,6 +186,9 @@ impl<'a> Repository<'a> {
         };
         match challenge {
             Challenge::Basic => Ok(credential.as_ref().and_then(Authorization::basic)),
+            Challenge::Bearer { .. } if matches!(credential, Some(Credential::RegistryToken(_))) => {
+                Ok(credential.as_ref().and_then(Authorization::bearer))
+            }
             Challenge::Bearer { realm, service, scope } => {
                 // What the registry names, as it knows best; and what will be wanted, so that one token does.
                 let named = scope.iter().flat_map(|scope| scope.split(' ')).filter(|scope| !scope.is_empty());
@@ -187,10 +202,11 @@ impl<'a> Repository<'a> {
                     scopes: &scopes,
                     credential: credential.as_ref(),
                     base: &self.base,
-                    reference,
+                    // Not a tag of it: the token is for all who ask for the repository meanwhile.
+                    reference: &format!("{}/{}", self.registry, self.name),
                     registry: self.registry,
                 };
-                fetch(self.http, &wanted).await.map(Some)
+                self.tokens.token(self.http, &wanted, rejected).await.map(Some)
             }
         }
     }

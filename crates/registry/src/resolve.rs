@@ -6,9 +6,9 @@ use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
 use oci_spec::image::Descriptor;
 
+use crate::OciRegistry;
 use crate::access::Access;
 use crate::error::Error;
-use crate::http::Http;
 use crate::manifest::{
     Choice, Content, DOCKER_MANIFEST, Manifest, OCI_MANIFEST, choose, fits, platform_of_config,
 };
@@ -19,12 +19,12 @@ const MOST: usize = 16;
 
 /// See [`crate::Registry::resolve`].
 pub(crate) async fn resolve(
-    http: &Http,
+    client: &OciRegistry,
     reference: &ImageReference,
     platform: &Platform,
     access: &Access,
 ) -> Result<Digest, Error> {
-    let repository = Repository::source(http, reference, access)?;
+    let repository = Repository::source(client, reference, access)?;
     // What is not there, or not to be read, is found out before a GET that limits count.
     let selector = if reference.digest().is_none() {
         repository.head(reference.selector(), &reference.to_string()).await?.map(String::from)
@@ -40,11 +40,11 @@ pub(crate) async fn resolve(
 
 /// See [`crate::Registry::digest`].
 pub(crate) async fn digest(
-    http: &Http,
+    client: &OciRegistry,
     reference: &ImageReference,
     access: &Access,
 ) -> Result<Option<Digest>, Error> {
-    let repository = Repository::source(http, reference, access)?;
+    let repository = Repository::source(client, reference, access)?;
     let (selector, text) = (reference.selector(), reference.to_string());
     let found = match repository.head(selector, &text).await {
         Ok(None) => repository.manifest(selector, &text).await.map(|manifest| manifest.digest),

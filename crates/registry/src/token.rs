@@ -27,13 +27,19 @@ pub(crate) struct Authorization {
 }
 
 impl Authorization {
-    /// RFC 7617.
+    /// RFC 7617. `None` for what is no user name and password.
     pub(crate) fn basic(credential: &Credential) -> Option<Self> {
         use base64::Engine as _;
-        let Credential::Password { username, password } = credential;
+        let Credential::Password { username, password } = credential else { return None };
         let pair = SecretString::from(format!("{username}:{}", password.expose_secret()));
         let text = base64::engine::general_purpose::STANDARD.encode(pair.expose_secret());
         Self::sensitive(&format!("Basic {text}"), None)
+    }
+
+    /// RFC 6750. `None` for what is no token that a registry takes.
+    pub(crate) fn bearer(credential: &Credential) -> Option<Self> {
+        let Credential::RegistryToken(token) = credential else { return None };
+        Self::sensitive(&format!("Bearer {}", token.expose_secret()), None)
     }
 
     fn sensitive(text: &str, until: Option<Instant>) -> Option<Self> {
@@ -72,15 +78,21 @@ pub(crate) async fn fetch(http: &Http, wanted: &Wanted<'_>) -> Result<Authorizat
     let broken = |problem: String| Error::broken(wanted.reference, problem);
     let mut url = Url::parse(wanted.realm).map_err(|_| broken("its token service is no URL".into()))?;
     same_security(wanted.base, &url).map_err(|problem| broken(format!("its token service is {problem}")))?;
-    {
-        let mut query = url.query_pairs_mut();
-        query.extend_pairs(wanted.service.map(|service| ("service", service)));
-        query.extend_pairs(wanted.scopes.iter().map(|scope| ("scope", scope)));
-    }
-    let mut request = Request::new(Method::GET, url);
-    if let Some(basic) = wanted.credential.and_then(Authorization::basic) {
-        request.headers_mut().insert(header::AUTHORIZATION, basic.value);
-    }
+    let request = match wanted.credential {
+        Some(Credential::IdentityToken(token)) => refresh(url, wanted, token),
+        credential => {
+            {
+                let mut query = url.query_pairs_mut();
+                query.extend_pairs(wanted.service.map(|service| ("service", service)));
+                query.extend_pairs(wanted.scopes.iter().map(|scope| ("scope", scope)));
+            }
+            let mut request = Request::new(Method::GET, url);
+            if let Some(basic) = credential.and_then(Authorization::basic) {
+                request.headers_mut().insert(header::AUTHORIZATION, basic.value);
+            }
+            request
+        }
+    };
     let answer = http.execute(request, wanted.registry).await?;
     if answer.status().is_redirection() {
         return Err(broken("its token service redirects".into()));
@@ -101,4 +113,19 @@ pub(crate) async fn fetch(http: &Http, wanted: &Wanted<'_>) -> Result<Authorizat
         .filter(|token| !token.is_empty())
         .and_then(|token| Authorization::sensitive(&format!("Bearer {token}"), Some(until)))
         .ok_or_else(|| broken("its token service's answer is no token".into()))
+}
+
+/// An identity token is shown in a body, by OAuth 2 (<https://distribution.github.io/distribution/spec/auth/oauth/>).
+fn refresh(url: Url, wanted: &Wanted<'_>, token: &SecretString) -> Request {
+    let mut form = url::form_urlencoded::Serializer::new(String::new());
+    form.append_pair("grant_type", "refresh_token")
+        .append_pair("refresh_token", token.expose_secret())
+        .append_pair("client_id", "kiln")
+        .append_pair("scope", &wanted.scopes.join(" "));
+    form.extend_pairs(wanted.service.map(|service| ("service", service)));
+    let mut request = Request::new(Method::POST, url);
+    let form_type = HeaderValue::from_static("application/x-www-form-urlencoded");
+    request.headers_mut().insert(header::CONTENT_TYPE, form_type);
+    *request.body_mut() = Some(form.finish().into());
+    request
 }

@@ -90,6 +90,12 @@ impl Fleet {
         Ok(())
     }
 
+    /// The gRPC address of the first process of a role.
+    pub fn address(&self, role: &str) -> Result<String> {
+        let process = self.processes.iter().find(|process| process.role == role);
+        Ok(process.with_context(|| format!("no {role} runs"))?.grpc.to_string())
+    }
+
     /// A client of each gateway.
     pub async fn clients(&self) -> Result<Vec<BuildsClient<Channel>>> {
         let mut clients = Vec::new();

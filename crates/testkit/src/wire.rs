@@ -1,4 +1,4 @@
-//! A TCP proxy that can be cut, or made deaf in one direction: what a network does to a connection.
+//! A TCP proxy that can be cut, frozen, or made deaf in one direction: what a network does to a connection.
 
 use std::sync::Arc;
 
@@ -18,6 +18,8 @@ enum State {
     Cut,
     /// What the client sends arrives; no answer does.
     AnswersLost,
+    /// Nothing arrives on either side, nothing is lost and no connection is closed.
+    Frozen,
 }
 
 /// A proxy to one address, on a free port of 127.0.0.1. It ends on drop.
@@ -68,6 +70,11 @@ impl Wire {
         self.state.send_replace(State::AnswersLost);
     }
 
+    /// From now on nothing arrives on either side, until the wire is whole again: then all of it does.
+    pub fn freeze(&self) {
+        self.state.send_replace(State::Frozen);
+    }
+
     /// Whole again. A connection whose answers were lost is closed: it would go on in the middle of one.
     pub fn restore(&self) {
         self.state.send_replace(State::Whole);
@@ -76,10 +83,10 @@ impl Wire {
 
 async fn carry(near: TcpStream, far: TcpStream, mut state: watch::Receiver<State>) {
     let ((near_read, near_write), (far_read, far_write)) = (near.into_split(), far.into_split());
-    let answers = state.clone();
+    let (questions, answers) = (state.clone(), state.clone());
     tokio::select! {
-        () = pass(near_read, far_write, None) => {}
-        () = pass(far_read, near_write, Some(answers)) => {}
+        () = pass(near_read, far_write, questions, false) => {}
+        () = pass(far_read, near_write, answers, true) => {}
         () = broken(&mut state) => {}
     }
 }
@@ -96,10 +103,18 @@ async fn broken(state: &mut watch::Receiver<State>) {
     }
 }
 
-async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lost: Option<watch::Receiver<State>>) {
+async fn pass(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    mut state: watch::Receiver<State>,
+    answers: bool,
+) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
-        if lost.as_ref().is_some_and(|state| *state.borrow() == State::AnswersLost) {
+        let Ok(now) = state.wait_for(|state| *state != State::Frozen).await.map(|state| *state) else {
+            return;
+        };
+        if answers && now == State::AnswersLost {
             continue;
         }
         let piece = buffer.get(..read).unwrap_or_default();

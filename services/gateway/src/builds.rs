@@ -7,7 +7,7 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
 use kiln_bus::Bus;
 use kiln_bus::journal::{Entry, Journal};
-use kiln_bus::logs::{LogError, Logs, Start, Until};
+use kiln_bus::logs::Start;
 use kiln_bus::seal::SealKey;
 use kiln_bus::view::View;
 use kiln_contract::cache_warmer::ListWarm;
@@ -22,11 +22,11 @@ use kiln_domain::source::check_text;
 use kiln_proto::kiln_v1 as api;
 use kiln_proto::kiln_v1::builds_server::Builds;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
 
 use crate::config::Config;
 use crate::list::Query;
+use crate::log::{BuildLogs, ReadError};
 use crate::queue::Queue;
 use crate::rpc::Metrics;
 use crate::steps::Steps;
@@ -42,13 +42,12 @@ pub(crate) struct BuildsApi {
     pub(crate) config: Config,
     pub(crate) bus: Bus,
     pub(crate) view: View,
-    pub(crate) logs: Logs,
+    pub(crate) build_logs: BuildLogs,
     pub(crate) steps: Steps,
     pub(crate) queue: Queue,
     pub(crate) journal: Journal,
     pub(crate) seal_key: SealKey,
     pub(crate) metrics: Metrics,
-    pub(crate) tasks: TaskTracker,
     pub(crate) stop: CancellationToken,
 }
 
@@ -243,41 +242,13 @@ impl BuildsApi {
 
     async fn log(&self, request: api::BuildLogsRequest) -> Result<Answers<api::LogChunk>, Status> {
         let id = request::build_id(&request.id)?;
-        let build = self.find(&id).await?;
         let start = match request.start {
             None => Start::Beginning,
             Some(api::build_logs_request::Start::Offset(offset)) => Start::Offset(offset),
             Some(api::build_logs_request::Start::TailBytes(bytes)) => Start::Tail(bytes),
         };
-        // A build that is unknown may still have its log: logs and records are kept for different times.
-        if build.is_none() && self.logs.tail(&id).await.map_err(status::of_bus)?.is_none() {
-            return Err(not_found(&id));
-        }
-        let over = CancellationToken::new();
-        let reading = over.clone().drop_guard();
-        let until = if request.follow { Until::Complete { over: over.clone() } } else { Until::Now };
-        if build.is_none_or(|entry| entry.record.state.is_terminal()) {
-            over.cancel();
-        } else if request.follow {
-            let (view, id) = (self.view.clone(), id.clone());
-            self.tasks.spawn(async move {
-                tokio::select! {
-                    // The reader is gone.
-                    () = over.cancelled() => {}
-                    () = ended(&view, &id) => over.cancel(),
-                }
-            });
-        }
-        let stop = self.stop.clone();
-        let chunks = self.logs.read(&id, start, until).map(move |chunk| {
-            let _ = &reading;
-            chunk.map_err(log_status).map(|chunk| api::LogChunk {
-                content: chunk.bytes.to_vec(),
-                offset: chunk.offset,
-                complete: chunk.complete,
-            })
-        });
-        Ok(Box::pin(until_stopped(chunks, stop)))
+        let chunks = self.build_logs.read(&id, start, request.follow).await.map_err(status::of_read)?;
+        Ok(Box::pin(chunks.map(|chunk| chunk.map(convert::chunk).map_err(status::of_read))))
     }
 
     fn seal(&self, secrets: &Secrets) -> Result<Bytes, Status> {
@@ -324,48 +295,6 @@ impl BuildsApi {
     }
 }
 
-/// Waits until the view sees the end of a build that wasn't over a moment ago.
-async fn ended(view: &View, id: &BuildId) {
-    let mut changes = view.changes();
-    while view.get(id).is_none_or(|entry| !entry.record.state.is_terminal()) {
-        // A lag only makes us look again.
-        if matches!(changes.recv().await, Err(tokio::sync::broadcast::error::RecvError::Closed)) {
-            return;
-        }
-    }
-}
-
 fn not_found(id: &BuildId) -> Status {
-    Status::not_found(format!("id: build {id} not found: it never was, or is past retention"))
-}
-
-fn log_status(error: LogError) -> Status {
-    let status = status::of(&error.into());
-    match status.code() {
-        tonic::Code::OutOfRange => Status::out_of_range(format!("offset: {}", status.message())),
-        tonic::Code::NotFound => Status::not_found(format!("id: {}", status.message())),
-        _ => status,
-    }
-}
-
-/// Ends a stream with UNAVAILABLE when the gateway is to end: the client resumes at another.
-pub(crate) fn until_stopped<T: Send + 'static>(
-    stream: impl Stream<Item = Result<T, Status>> + Send + 'static,
-    stop: CancellationToken,
-) -> impl Stream<Item = Result<T, Status>> + Send + 'static {
-    let stopped = futures::stream::once(async move {
-        stop.cancelled().await;
-        Err(Status::unavailable("this gateway is shutting down; ask again from where you are"))
-    });
-    // The first error ends it, and so does the stream's own end.
-    let items = stream.map(Some).chain(futures::stream::once(async { None }));
-    let merged = futures::stream::select(items, stopped.map(Some));
-    let mut over = false;
-    merged
-        .take_while(move |item| {
-            let goes_on = !over && item.is_some();
-            over = over || matches!(item, Some(Err(_)));
-            futures::future::ready(goes_on)
-        })
-        .filter_map(futures::future::ready)
+    status::of_read(ReadError::UnknownBuild { id: id.clone() })
 }

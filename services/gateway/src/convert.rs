@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use kiln_bus::journal::Entry;
+use kiln_bus::logs::Chunk;
 use kiln_contract::cache_warmer::WarmImage;
 use kiln_contract::event::Progress;
 use kiln_domain::failure::FailureReason;
@@ -53,6 +54,11 @@ pub(crate) fn warm_image(image: WarmImage) -> api::WarmImage {
             .map(timestamp),
         trouble: image.trouble,
     }
+}
+
+/// A piece of a log.
+pub(crate) fn chunk(chunk: Chunk) -> api::LogChunk {
+    api::LogChunk { content: chunk.bytes.to_vec(), offset: chunk.offset, complete: chunk.complete }
 }
 
 pub(crate) fn state(state: State) -> api::BuildState {

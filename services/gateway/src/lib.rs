@@ -9,11 +9,13 @@ mod builds;
 mod config;
 mod convert;
 mod list;
+mod log;
 mod queue;
 mod request;
 mod rpc;
 mod status;
 mod steps;
+mod stopping;
 mod watch;
 
 use std::time::Duration;
@@ -33,6 +35,7 @@ use tonic::transport::server::TcpIncoming;
 
 use crate::builds::BuildsApi;
 pub use crate::config::Config;
+use crate::log::BuildLogs;
 use crate::queue::Queue;
 use crate::rpc::Metrics;
 use crate::steps::Steps;
@@ -76,17 +79,25 @@ pub async fn run(
     let reflection = described().build_v1().context("gRPC reflection")?;
     // Which older clients ask for.
     let reflection_alpha = described().build_v1alpha().context("gRPC reflection")?;
+    let journal = Journal::open(&bus).await.context("open the journal")?;
+    let steps = Steps::start(&logs, &view, &tasks, &ended);
+    let build_logs = BuildLogs {
+        view: view.clone(),
+        journal: journal.clone(),
+        logs,
+        tasks: tasks.clone(),
+        stop: stop.clone(),
+    };
     let api = BuildsApi {
         config,
-        steps: Steps::start(&logs, &view, &tasks, &ended),
+        steps,
         queue: Queue::start(&view, &tasks, &ended),
-        journal: Journal::open(&bus).await.context("open the journal")?,
-        logs,
+        journal,
+        build_logs,
         bus: bus.clone(),
         view: view.clone(),
         seal_key,
         metrics: Metrics::register(&mut metrics),
-        tasks: tasks.clone(),
         stop: stop.clone(),
     };
     let builds = BuildsServer::new(api)

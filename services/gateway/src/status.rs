@@ -3,6 +3,9 @@
 use kiln_contract::error::{Code, Refusal};
 use tonic::Status;
 
+use crate::log::ReadError;
+use crate::stopping::Stopping;
+
 /// The gRPC status of a service's refusal; its message stays as it is.
 pub(crate) fn of(refusal: &Refusal) -> Status {
     let code = match refusal.code {
@@ -24,6 +27,28 @@ pub(crate) fn of(refusal: &Refusal) -> Status {
 /// An error of the bus itself.
 pub(crate) fn of_bus(error: kiln_bus::BusError) -> Status {
     of(&error.into())
+}
+
+/// Why a log can't be read, with the field of the request that it is about.
+pub(crate) fn of_read(error: ReadError) -> Status {
+    let refusal = match error {
+        ReadError::UnknownBuild { .. } => return Status::not_found(format!("id: {error}")),
+        ReadError::Stopping(stopping) => return stopping.into(),
+        ReadError::Log(error) => Refusal::from(error),
+        ReadError::Bus(error) => Refusal::from(error),
+    };
+    let status = of(&refusal);
+    match status.code() {
+        tonic::Code::OutOfRange => Status::out_of_range(format!("offset: {}", status.message())),
+        tonic::Code::NotFound => Status::not_found(format!("id: {}", status.message())),
+        _ => status,
+    }
+}
+
+impl From<Stopping> for Status {
+    fn from(stopping: Stopping) -> Self {
+        Self::unavailable(stopping.to_string())
+    }
 }
 
 /// A field of the request that can't be taken.

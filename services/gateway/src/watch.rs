@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use futures::{Stream, StreamExt as _};
 use kiln_bus::journal::Entry;
+use kiln_bus::view::News;
 use kiln_contract::event::Progress;
 use kiln_domain::id::BuildId;
 use kiln_proto::kiln_v1 as api;
@@ -13,14 +14,15 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, watch};
 use tonic::Status;
 
-use crate::builds::{BuildsApi, until_stopped};
+use crate::builds::BuildsApi;
 use crate::convert;
 use crate::queue::Queue;
+use crate::stopping::until_stopped;
 
 /// Where a watcher is.
 struct Watch {
     view: kiln_bus::view::View,
-    changes: broadcast::Receiver<Arc<Entry>>,
+    changes: broadcast::Receiver<News>,
     told: broadcast::Receiver<(BuildId, Progress)>,
     queue: Queue,
     places: watch::Receiver<Arc<HashMap<BuildId, usize>>>,

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use kiln_bus::Connect;
 use kiln_bus::layout::Layout;
 use kiln_bus::seal::{OpenKey, SealKey};
+use kiln_bus::{Connect, Lease};
 use kiln_chassis::config::{Environment, Error, Problem, load};
 use kiln_chassis::telemetry;
 use secrecy::{ExposeSecret as _, SecretString};
@@ -49,6 +49,7 @@ pub(crate) struct Config {
     pub(crate) nats: Nats,
     pub(crate) seal: Seal,
     pub(crate) streams: Streams,
+    pub(crate) holders: Holders,
     pub(crate) listen: Listen,
     pub(crate) engine: Engine,
     pub(crate) gateway: Option<kiln_gateway::Config>,
@@ -88,6 +89,14 @@ pub(crate) struct Streams {
     pub(crate) journal_max_bytes: i64,
     pub(crate) logs_max_bytes: i64,
     pub(crate) logs_max_age_hours: u64,
+}
+
+/// The leases of orchestrators and log-relays; the same in every process of an installation.
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Holders {
+    /// What a dead one held goes on when its lease has lapsed.
+    pub(crate) lease_seconds: u64,
 }
 
 /// Where the process listens. `grpc` is the gateway's.
@@ -133,6 +142,12 @@ impl Default for Streams {
             logs_max_bytes,
             logs_max_age_hours: logs_max_age.as_secs() / 3600,
         }
+    }
+}
+
+impl Default for Holders {
+    fn default() -> Self {
+        Self { lease_seconds: 30 }
     }
 }
 
@@ -240,6 +255,11 @@ impl Config {
             wrong(bytes < 1 << 20, key, "must be at least 1 MiB");
         }
         wrong(self.streams.logs_max_age_hours == 0, "streams.logs_max_age_hours", "must be at least 1");
+        wrong(
+            !Lease::SECONDS.contains(&self.holders.lease_seconds),
+            "holders.lease_seconds",
+            "must be between 3 and 30",
+        );
         let Engine::Local(local) = &self.engine;
         wrong(!local.folder.is_absolute(), "engine.local.folder", "must be an absolute path");
         problems
@@ -264,6 +284,11 @@ impl Config {
             logs_max_bytes: self.streams.logs_max_bytes,
             logs_max_age: Duration::from_secs(self.streams.logs_max_age_hours.saturating_mul(3600)),
         }
+    }
+
+    /// How long leases last.
+    pub(crate) fn lease(&self) -> Lease {
+        Lease::of_seconds(self.holders.lease_seconds)
     }
 
     /// The key pair of who opens secrets.

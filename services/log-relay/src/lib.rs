@@ -19,13 +19,13 @@ mod source;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use kiln_bus::Bus;
 use kiln_bus::holders::Holders;
 use kiln_bus::journal::Journal;
 use kiln_bus::logs::Logs;
 use kiln_bus::seal::OpenKey;
 use kiln_bus::secrets::SecretsBucket;
 use kiln_bus::view::View;
+use kiln_bus::{Bus, Lease};
 use kiln_domain::engine::Engine;
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
@@ -50,6 +50,7 @@ pub struct Parts {
     pub open_key: OpenKey,
     /// See [`Holders::start`].
     pub life: String,
+    pub lease: Lease,
     /// Gets the log-relay's metrics.
     pub metrics: Registry,
 }
@@ -64,12 +65,13 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let problems = config.problems();
     anyhow::ensure!(problems.is_empty(), "the log-relay's configuration is wrong: {}", problems.join("; "));
-    let Parts { bus, engine, open_key, life, metrics: mut registry } = parts;
+    let Parts { bus, engine, open_key, life, lease, metrics: mut registry } = parts;
     let metrics = Metrics::register(&mut registry);
     let (tasks, ended) = (TaskTracker::new(), CancellationToken::new());
     let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
-    let holders =
-        Holders::start(&bus, ROLE, &life, engine.host().as_deref(), &tasks).await.context("take a lease")?;
+    let holders = Holders::start(&bus, ROLE, &life, engine.host().as_deref(), lease, &tasks)
+        .await
+        .context("take a lease")?;
     let journal = Journal::open(&bus).await.context("open the journal")?;
     let secrets = SecretsBucket::open(&bus).await.context("open the secrets")?;
     let logs = Logs::new(&bus);

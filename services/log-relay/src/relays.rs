@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kiln_bus::journal::{Entry, Journal};
 use kiln_bus::logs::AppendError;
-use kiln_bus::view::View;
+use kiln_bus::view::{News, View};
 use kiln_domain::id::{BuildId, InstanceId};
 use tokio::sync::{broadcast, watch};
 use tokio::task::{Id, JoinSet};
@@ -63,7 +63,12 @@ impl Relays {
             tokio::select! {
                 () = stop.cancelled() => break,
                 change = changes.recv() => match change {
-                    Ok(entry) => self.take(entry),
+                    Ok(News::Changed(entry)) => self.take(entry),
+                    // A task that waits for a build's end would wait for ever where the journal lost the build.
+                    Ok(News::BegunAnew) => {
+                        self.drop_all().await;
+                        self.tend_all_active();
+                    }
                     Err(broadcast::error::RecvError::Lagged(_)) => self.tend_all_active(),
                     Err(broadcast::error::RecvError::Closed) => break,
                 },

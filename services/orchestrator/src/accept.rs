@@ -86,8 +86,8 @@ impl Shared {
             };
             match appended {
                 Ok(accepted) => return Ok(accepted),
-                // Somebody was first: mostly there is a build to join now.
-                Err(AppendError::Lost) => {}
+                // Somebody was first: mostly there is a build to join now. Or the stream was emptied under us.
+                Err(AppendError::Lost | AppendError::Gone) => {}
                 Err(AppendError::Illegal(error)) => {
                     return Err(Refusal::new(Code::Internal, error.to_string()));
                 }
@@ -120,11 +120,12 @@ impl Shared {
         let room = self.journal.room().await?;
         let reserved =
             RESERVE.saturating_mul(u64::try_from(active.len()).unwrap_or(u64::MAX).saturating_add(1));
-        if room < reserved {
+        if room.left < reserved {
             return Err(Refusal::new(
                 Code::Unavailable,
                 format!(
-                    "the journal is nearly full: the room that is left is kept for {} active builds",
+                    "the journal is full: stream {room}, which are kept for the end of {} active builds; \
+                     raise `streams.journal_max_bytes`, or wait until its old events go",
                     active.len()
                 ),
             ));
@@ -174,7 +175,7 @@ impl Shared {
         self.secrets.put(&id, sealed).await?;
         let by = self.appender()?;
         let appended = self.journal.append(tail, &Change::Queued(Box::new(record)), &by).await;
-        if matches!(appended, Err(AppendError::Lost | AppendError::Illegal(_)))
+        if matches!(appended, Err(AppendError::Lost | AppendError::Gone | AppendError::Illegal(_)))
             && let Err(error) = self.secrets.remove(&id).await
         {
             tracing::warn!(build.id = %id, "the secrets of a build that was not begun stay until they are swept: {error}");

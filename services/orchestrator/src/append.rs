@@ -23,14 +23,14 @@ impl Held<'_> {
             // A holder that is asked to end may still append what it did.
             match self.check() {
                 Ok(()) | Err(LetGo::Asked) => {}
-                lost @ Err(LetGo::Lost) => lost?,
+                lost @ Err(LetGo::Lost | LetGo::Gone) => lost?,
             }
             match self.shared.journal.append(Some(&self.tail), &change, &self.me).await {
                 Ok(entry) => {
                     self.tail = entry;
                     return Ok(true);
                 }
-                Err(AppendError::Lost | AppendError::Illegal(_)) => {
+                Err(AppendError::Lost | AppendError::Gone | AppendError::Illegal(_)) => {
                     let last = self.shared.journal.last_of_build(&self.record().id).await;
                     match last {
                         Ok(Some(last)) if last.sequence > self.tail.sequence => {
@@ -45,7 +45,14 @@ impl Held<'_> {
                                 return Ok(false);
                             }
                         }
-                        Ok(_) => return Ok(false),
+                        Ok(None) => return Err(LetGo::Gone),
+                        // A stream that was restored goes on from what it held then.
+                        Ok(Some(last)) if last.sequence < self.tail.sequence => {
+                            self.tail = last;
+                            self.take(None)?;
+                            return Ok(false);
+                        }
+                        Ok(Some(_)) => return Ok(false),
                         Err(error) => {
                             tracing::warn!(build.id = %self.record().id, "the journal can't be read now: {error}");
                             tokio::time::sleep(ENGINE_PAUSE).await;

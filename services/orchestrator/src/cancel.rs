@@ -36,7 +36,7 @@ impl Shared {
                     }
                     return Ok(entry);
                 }
-                Err(AppendError::Lost) => {}
+                Err(AppendError::Lost | AppendError::Gone) => {}
                 Err(AppendError::Illegal(error)) => {
                     return Err(Refusal::new(Code::FailedPrecondition, error.to_string()));
                 }

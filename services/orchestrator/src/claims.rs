@@ -157,7 +157,7 @@ async fn expire(shared: &Shared, entry: &Arc<Entry>, me: &InstanceId) {
     let change = Change::Failed { by: None, failure, findings: Findings::default() };
     match shared.journal.append(Some(entry), &change, me).await {
         Ok(over) => shared.metrics.ended(&over),
-        Err(AppendError::Lost) => {}
+        Err(AppendError::Lost | AppendError::Gone) => {}
         Err(error) => {
             let id = &entry.record.id;
             tracing::warn!(build.id = %id, "that the time of `{id}` in the queue is up can't be said now: {error}");
@@ -181,7 +181,7 @@ async fn claim(shared: &Shared, entry: &Arc<Entry>, me: &InstanceId) -> Option<E
     }
     match shared.journal.append(Some(entry), &Change::Claimed { by: me.clone() }, me).await {
         Ok(claimed) => Some(claimed),
-        Err(AppendError::Lost) => None,
+        Err(AppendError::Lost | AppendError::Gone) => None,
         Err(error) => {
             tracing::warn!(build.id = %id, "build `{id}` could not be claimed: {error}");
             None

@@ -4,7 +4,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kiln_bus::view::News;
+use kiln_domain::engine::Observed;
 use kiln_domain::id::{BuildId, RunId};
+use kiln_domain::limits;
 use kiln_domain::rank::rank;
 use tokio::time::Instant;
 
@@ -24,7 +27,7 @@ pub(crate) async fn keep(shared: &Arc<Shared>) {
         let ended = async {
             loop {
                 match changes.recv().await {
-                    Ok(entry) if !entry.record.state.is_terminal() => {}
+                    Ok(News::Changed(entry)) if !entry.record.state.is_terminal() => {}
                     _ => return tokio::time::sleep(Duration::from_secs(1)).await,
                 }
             }
@@ -66,6 +69,13 @@ async fn clean_up(
     let Some(entry) = entry else {
         let since = *without_build.entry(id.clone()).or_insert_with(Instant::now);
         if since.elapsed() > NEVER_ACCEPTED {
+            // Mostly there are no runs. Where the journal lost the build there may be some, which nobody holds.
+            for run in (1..=limits::ATTEMPTS).map(|attempt| RunId::new(id, attempt)) {
+                if !matches!(shared.engine.observe(&run).await?, Observed::Absent) {
+                    shared.engine.cancel(&run).await?;
+                    shared.engine.remove(&run).await?;
+                }
+            }
             shared.secrets.remove(id).await?;
         }
         return Ok(());

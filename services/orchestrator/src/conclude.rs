@@ -72,7 +72,7 @@ impl Held<'_> {
 
     /// Revokes the run, so that no builder of it begins or goes on, and waits until nothing of it can push. Of a run that has
     /// left no outcome it is read again afterwards: one that began late may have written one.
-    async fn revoked(&mut self, ended: Ended) -> Result<Ended, LetGo> {
+    pub(crate) async fn revoked(&mut self, ended: Ended) -> Result<Ended, LetGo> {
         let run = self.record().run();
         while let Err(error) = self.shared.engine.revoke(&run).await {
             tracing::warn!(build.id = %run.build(), "run `{run}` can't be revoked now: {error}");

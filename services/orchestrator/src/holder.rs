@@ -33,6 +33,8 @@ pub(crate) enum LetGo {
     Lost,
     /// The process is asked to end.
     Asked,
+    /// The journal knows the build no more: its stream was deleted or emptied.
+    Gone,
 }
 
 /// A build that we hold, with its last event as we know it.
@@ -56,6 +58,7 @@ pub(crate) async fn hold(shared: &Arc<Shared>, claimed: Entry, stop: &Cancellati
             Ok(()) => tracing::info!(build.id = %id, "build `{id}` ended: {}", held.tail.record.state),
             Err(LetGo::Lost) => tracing::info!(build.id = %id, "build `{id}` is no longer ours"),
             Err(LetGo::Asked) => held.release().await,
+            Err(LetGo::Gone) => held.end_unknown().await,
         }
         if held.record().claimed_by.is_none() { held.tail.sequence } else { 0 }
     }
@@ -90,6 +93,31 @@ impl Held<'_> {
                     self.follow(&handle).await?;
                 }
             }
+        }
+    }
+
+    /// Ends the builder of a build that is in the journal no more: nobody could learn how it ended. Its output and secrets
+    /// are the clean-up's.
+    async fn end_unknown(&mut self) {
+        let run = self.record().run();
+        let id = run.build();
+        self.shared.metrics.lost();
+        tracing::error!(build.id = %id, "the journal lost build `{id}`: its stream was deleted or emptied; its builder is ended");
+        if self.revoked(Ended::default()).await.is_err() {
+            tracing::warn!(build.id = %id, "the builder of `{id}` is left to the clean-up");
+        }
+    }
+
+    /// Whether the journal still knows the build.
+    async fn check_known(&self) -> Result<(), LetGo> {
+        let (view, id) = (&self.shared.view, &self.record().id);
+        if !view.is_caught_up() || view.get(id).is_some() {
+            return Ok(());
+        }
+        // The view only shows; what decides is the leader's word.
+        match self.shared.journal.last_of_build(id).await {
+            Ok(None) => Err(LetGo::Gone),
+            Ok(Some(_)) | Err(_) => Ok(()),
         }
     }
 
@@ -189,7 +217,14 @@ impl Held<'_> {
                     let ended = self.stop_builder().await?;
                     return self.conclude(ended, Ending::Deadline).await;
                 }
-                change = changed => if self.take(change)? { return Ok(()) },
+                change = changed => {
+                    if change.is_none() {
+                        self.check_known().await?;
+                    }
+                    if self.take(change)? {
+                        return Ok(());
+                    }
+                }
             }
         }
     }

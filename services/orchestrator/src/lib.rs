@@ -32,7 +32,7 @@ use kiln_bus::seal::OpenKey;
 use kiln_bus::secrets::SecretsBucket;
 use kiln_bus::serve::Server;
 use kiln_bus::view::View;
-use kiln_bus::{Bus, logs::Logs};
+use kiln_bus::{Bus, Lease, logs::Logs};
 use kiln_domain::engine::Engine;
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
@@ -55,6 +55,7 @@ pub struct Parts {
     pub open_key: OpenKey,
     /// See [`Holders::start`].
     pub life: String,
+    pub lease: Lease,
     pub metrics: Registry,
 }
 
@@ -81,12 +82,13 @@ pub async fn run(
     ready: impl FnOnce(Registry) + Send,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let Parts { bus, engine, open_key, life, mut metrics } = parts;
+    let Parts { bus, engine, open_key, life, lease, mut metrics } = parts;
     let tasks = TaskTracker::new();
     let ended = CancellationToken::new();
     let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
-    let holders =
-        Holders::start(&bus, ROLE, &life, engine.host().as_deref(), &tasks).await.context("take a lease")?;
+    let holders = Holders::start(&bus, ROLE, &life, engine.host().as_deref(), lease, &tasks)
+        .await
+        .context("take a lease")?;
     let shared = Arc::new(Shared {
         journal: Journal::open(&bus).await.context("open the journal")?,
         secrets: SecretsBucket::open(&bus).await.context("open the secrets")?,

@@ -17,6 +17,7 @@ struct Result {
 pub(crate) struct Metrics {
     started: Counter,
     retried: Counter,
+    lost: Counter,
     done: Family<Result, Counter>,
     seconds: Family<Result, Histogram, fn() -> Histogram>,
     pub(crate) running: Gauge,
@@ -28,6 +29,7 @@ impl Metrics {
         let metrics = Self {
             started: Counter::default(),
             retried: Counter::default(),
+            lost: Counter::default(),
             done: Family::default(),
             seconds: Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.25, 2.0, 16))),
             running: Gauge::default(),
@@ -39,6 +41,11 @@ impl Metrics {
             metrics.started.clone(),
         );
         registry.register("builds_retried", "Attempts after a lost builder", metrics.retried.clone());
+        registry.register(
+            "builds_lost",
+            "Builders ended because the journal lost their builds",
+            metrics.lost.clone(),
+        );
         registry.register("builds_done", "Builds that ended, by result and reason", metrics.done.clone());
         registry.register("build_seconds", "Time from accepted to ended", metrics.seconds.clone());
         registry.register("builds_running", "Builds that this process acts on", metrics.running.clone());
@@ -58,6 +65,10 @@ impl Metrics {
 
     pub(crate) fn retried(&self) {
         self.retried.inc();
+    }
+
+    pub(crate) fn lost(&self) {
+        self.lost.inc();
     }
 
     pub(crate) fn ended(&self, entry: &Entry) {

@@ -83,12 +83,13 @@ impl LogWriter {
                 .headers(headers.clone())
                 .payload(bytes.clone())
                 .expected_last_subject_sequence(self.sequence);
-            match self.publish(message).await {
-                Ok(sequence) => {
+            match self.logs.shared.bus.attend(APPEND, self.publish(message)).await {
+                Ok(Ok(sequence)) => {
                     self.advance(sequence, bytes.len(), source);
                     return Ok(());
                 }
-                Err(error) => refused(&error)?,
+                Ok(Err(error)) => refused(&error)?,
+                Err(_away) => {}
             }
             match self.logs.tail(&self.id).await {
                 Ok(Some(tail)) if self.is_ours(&tail, bytes.len(), &source, complete) => {

@@ -121,12 +121,16 @@ impl Logs {
         let subject = subject::log(id);
         let request = BatchRequest { seq: from, batch, max_bytes: MAX_BYTES, next_by_subj: &subject };
         let request = serde_json::to_vec(&request).map_err(|error| BusError::malformed(READ, error))?;
+        self.shared.bus.attend(READ, self.batch(request.into())).await?
+    }
+
+    async fn batch(&self, request: Bytes) -> Result<Vec<LogMessage>, BusError> {
         let client = &self.shared.bus.client;
         let inbox = client.new_inbox();
         let mut answers =
             client.subscribe(inbox.clone()).await.map_err(|error| BusError::unavailable(READ, error))?;
         client
-            .publish_with_reply(format!("{DIRECT_GET}.{}", subject::LOGS_STREAM), inbox, request.into())
+            .publish_with_reply(format!("{DIRECT_GET}.{}", subject::LOGS_STREAM), inbox, request)
             .await
             .map_err(|error| BusError::unavailable(READ, error))?;
         let mut messages = Vec::new();

@@ -117,7 +117,8 @@ impl Logs {
     /// What the last message of a build's log says, from the stream's leader. `None` where there is none: nobody has
     /// claimed it yet, or retention has removed it.
     pub async fn tail(&self, id: &BuildId) -> Result<Option<LogTail>, BusError> {
-        let found = self.stream().await?.get_last_raw_message_by_subject(&subject::log(id)).await;
+        let (stream, subject) = (self.stream().await?, subject::log(id));
+        let found = self.shared.bus.attend(READ, stream.get_last_raw_message_by_subject(&subject)).await?;
         Ok(message_of(found)?.map(|message| message.tail()))
     }
 
@@ -125,7 +126,7 @@ impl Logs {
     async fn next_from_leader(&self, id: &BuildId, sequence: u64) -> Result<Option<LogMessage>, BusError> {
         let stream = self.stream().await?;
         let asked = stream.raw_message_builder().sequence(sequence).next_by_subject(subject::log(id));
-        message_of(asked.send().await)
+        message_of(self.shared.bus.attend(READ, asked.send()).await?)
     }
 
     async fn stream(&self) -> Result<Stream<()>, BusError> {

@@ -14,18 +14,15 @@ impl Logs {
     /// Tells the running step, without waiting for an answer.
     pub async fn publish_progress(&self, id: &BuildId, progress: &Progress) -> Result<(), BusError> {
         let body = serde_json::to_vec(progress).map_err(|error| BusError::malformed(PROGRESS, error))?;
-        self.shared
-            .bus
-            .client
-            .publish(subject::progress(id), body.into())
-            .await
-            .map_err(|error| BusError::unavailable(PROGRESS, error))
+        let bus = &self.shared.bus;
+        bus.call(PROGRESS, bus.client.publish(subject::progress(id), body.into())).await
     }
 
     /// The step that was told last. `None` where none was told yet, or where it can't be read: it is not history.
     pub async fn last_progress(&self, id: &BuildId) -> Option<Progress> {
         let stream = self.shared.bus.js.get_stream_no_info(subject::PROGRESS_STREAM).await.ok()?;
-        let message = stream.direct_get_last_for_subject(subject::progress(id)).await.ok()?;
+        let told = stream.direct_get_last_for_subject(subject::progress(id));
+        let message = self.shared.bus.call(PROGRESS, told).await.ok()?;
         serde_json::from_slice(&message.payload).ok()
     }
 

@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use kiln_bus::Lease;
 use kiln_bus::holders::Holders;
 use kiln_domain::id::InstanceId;
 use kiln_testkit::nats;
+use kiln_testkit::wire::Wire;
 use tokio_util::task::TaskTracker;
 
 use crate::parts::{connect, provisioned};
@@ -26,9 +28,13 @@ async fn holders_see_each_other_and_a_release_at_once() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;
     let tasks = TaskTracker::new();
-    let first = Holders::start(&bus, "orchestrator", "", None, &tasks).await?;
-    let second = Holders::start(&connect(&server.url()).await?, "orchestrator", "", None, &tasks).await?;
-    let relay = Holders::start(&connect(&server.url()).await?, "log-relay", "", None, &tasks).await?;
+    let first = Holders::start(&bus, "orchestrator", "", None, Lease::default(), &tasks).await?;
+    let second =
+        Holders::start(&connect(&server.url()).await?, "orchestrator", "", None, Lease::default(), &tasks)
+            .await?;
+    let relay =
+        Holders::start(&connect(&server.url()).await?, "log-relay", "", None, Lease::default(), &tasks)
+            .await?;
     let (me, other) = (first.me().unwrap(), second.me().unwrap());
     seen(&first, |live| live.len() == 2).await?;
     ensure!(first.live().contains(&other) && second.live().contains(&other));
@@ -47,10 +53,10 @@ async fn an_instance_id_is_never_used_twice() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;
     let tasks = TaskTracker::new();
-    let first = Holders::start(&bus, "orchestrator", "", None, &tasks).await?;
+    let first = Holders::start(&bus, "orchestrator", "", None, Lease::default(), &tasks).await?;
     let before = first.me();
     first.release().await;
-    let second = Holders::start(&bus, "orchestrator", "", None, &tasks).await?;
+    let second = Holders::start(&bus, "orchestrator", "", None, Lease::default(), &tasks).await?;
     ensure!(before != second.me());
     Ok(())
 }
@@ -60,12 +66,13 @@ async fn a_former_lifes_leases_end_at_once() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;
     let tasks = TaskTracker::new();
-    let former = Holders::start(&bus, "orchestrator", "first", None, &tasks).await?.me().unwrap();
-    let other = Holders::start(&bus, "orchestrator", "other", None, &tasks).await?;
+    let former =
+        Holders::start(&bus, "orchestrator", "first", None, Lease::default(), &tasks).await?.me().unwrap();
+    let other = Holders::start(&bus, "orchestrator", "other", None, Lease::default(), &tasks).await?;
     ensure!(!other.confirm_dead(&former).await?);
     bus.end_leases("first").await?;
     ensure!(other.confirm_dead(&former).await?);
-    let third = Holders::start(&bus, "orchestrator", "second", None, &tasks).await?;
+    let third = Holders::start(&bus, "orchestrator", "second", None, Lease::default(), &tasks).await?;
     ensure!(!third.confirm_dead(&other.me().unwrap()).await?, "another's stands");
     Ok(())
 }
@@ -75,11 +82,39 @@ async fn a_second_host_is_refused_where_builders_are_bound_to_one() -> Result<()
     let server = nats::run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;
     let tasks = TaskTracker::new();
-    let here = Holders::start(&bus, "orchestrator", "", Some("here"), &tasks).await?;
-    Holders::start(&bus, "log-relay", "", None, &tasks).await?;
-    Holders::start(&bus, "log-relay", "", Some("here"), &tasks).await?;
-    let refused = Holders::start(&bus, "log-relay", "", Some("there"), &tasks).await.err();
+    let here = Holders::start(&bus, "orchestrator", "", Some("here"), Lease::default(), &tasks).await?;
+    Holders::start(&bus, "log-relay", "", None, Lease::default(), &tasks).await?;
+    Holders::start(&bus, "log-relay", "", Some("here"), Lease::default(), &tasks).await?;
+    let refused = Holders::start(&bus, "log-relay", "", Some("there"), Lease::default(), &tasks).await.err();
     ensure!(refused.is_some_and(|error| error.to_string().contains("bound to another")), "it was let in");
     ensure!(here.me().is_some());
+    Ok(())
+}
+
+#[tokio::test]
+async fn who_is_cut_off_stops_acting_before_others_may_take_over_and_comes_back_as_another() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let wire = Wire::to(&server.address()).await?;
+    let (tasks, lease) = (TaskTracker::new(), Lease::of_seconds(3));
+    let cut_off = connect(&format!("nats://{}", wire.address())).await?;
+    let cut_off = Holders::start(&cut_off, "orchestrator", "", None, lease, &tasks).await?;
+    let other = Holders::start(&bus, "orchestrator", "", None, lease, &tasks).await?;
+    let before = cut_off.me().unwrap();
+    seen(&other, |live| live.contains(&before)).await?;
+    wire.freeze();
+    seen(&other, |live| !live.contains(&before)).await?;
+    ensure!(other.confirm_dead(&before).await?);
+    ensure!(cut_off.me().as_ref() != Some(&before), "it would still act");
+    wire.restore();
+    seen(&other, |live| live.len() == 2).await?;
+    // Its own answer may come a moment after the others' news.
+    let after = loop {
+        match cut_off.me() {
+            Some(after) => break after,
+            None => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
+    ensure!(after != before);
     Ok(())
 }

@@ -7,4 +7,5 @@ mod inspect;
 mod journal;
 mod logs;
 mod parts;
+mod trouble;
 mod view;

@@ -10,9 +10,9 @@ use tokio::time::Instant;
 use crate::front::{Asked, Front, Reply};
 use crate::{LONG, amd64, at_once, client};
 
-const LOGIN: &str = "me:pass:word";
+pub(crate) const LOGIN: &str = "me:pass:word";
 
-fn access(logins: &[(&str, &str)]) -> Access {
+pub(crate) fn access(logins: &[(&str, &str)]) -> Access {
     let mut keyring = Keyring::default();
     for (registry, login) in logins {
         keyring.insert(registry, &(*login).into()).unwrap();
@@ -22,20 +22,20 @@ fn access(logins: &[(&str, &str)]) -> Access {
     access
 }
 
-fn basic(login: &str) -> String {
+pub(crate) fn basic(login: &str) -> String {
     format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(login))
 }
 
-fn image(front: &Front) -> ImageReference {
+pub(crate) fn image(front: &Front) -> ImageReference {
     format!("{}/team/app:1", front.address).parse().unwrap()
 }
 
-fn found() -> Reply {
+pub(crate) fn found() -> Reply {
     Reply::status(200).header("docker-content-digest", Digest::of(b"x").to_string())
 }
 
 /// A token service that knows [`LOGIN`], and gives what it is asked for as a token.
-async fn token_service(expires_in: u64) -> Front {
+pub(crate) async fn token_service(expires_in: u64) -> Front {
     Front::start(move |asked| match asked.authorization() {
         Some(shown) if shown != basic(LOGIN) => Reply::status(401),
         _ => {
@@ -49,7 +49,10 @@ async fn token_service(expires_in: u64) -> Front {
 }
 
 /// A registry that wants a token of `service`.
-async fn bearer_registry(service: &Front, reply: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Front {
+pub(crate) async fn bearer_registry(
+    service: &Front,
+    reply: impl Fn(&Asked) -> Reply + Send + Sync + 'static,
+) -> Front {
     let challenge = format!(
         r#"Bearer realm="http://{}/token",service="reg, istry",scope="repository:team/app:pull""#,
         service.address

@@ -12,6 +12,7 @@ mod faults;
 mod front;
 mod inspect;
 mod resolve;
+mod tokens;
 
 use std::time::Duration;
 

@@ -18,7 +18,14 @@ pub(crate) async fn run(
     let bus = host.connect(config, ROLE).await?;
     let metrics = host.registry(ROLE);
     let life = host.life().to_owned();
-    let parts = Parts { bus: bus.clone(), engine, open_key: config.open_key()?, life, metrics };
+    let parts = Parts {
+        bus: bus.clone(),
+        engine,
+        open_key: config.open_key()?,
+        life,
+        lease: config.lease(),
+        metrics,
+    };
     let ready = |metrics| host.ready(Role::Orchestrator, &bus, metrics);
     let ran =
         kiln_orchestrator::run(config.orchestrator.clone().unwrap_or_default(), parts, ready, stop).await;

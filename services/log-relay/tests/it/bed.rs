@@ -11,7 +11,7 @@ use kiln_bus::layout::Layout;
 use kiln_bus::logs::{LogTail, Logs, Start, Until};
 use kiln_bus::seal::{OpenKey, SealKey};
 use kiln_bus::secrets::{SecretsBucket, seal};
-use kiln_bus::{Bus, Connect};
+use kiln_bus::{Bus, Connect, Lease};
 use kiln_contract::secrets::Secrets;
 use kiln_domain::id::{BuildId, InstanceId, RunId};
 use kiln_domain::transition::Change;
@@ -86,7 +86,14 @@ impl Bed {
         runtime.spawn(async move {
             let run = async {
                 let bus = connect_to(&url).await?;
-                let parts = Parts { bus, engine, open_key, life: of, metrics: Registry::default() };
+                let parts = Parts {
+                    bus,
+                    engine,
+                    open_key,
+                    life: of,
+                    lease: Lease::default(),
+                    metrics: Registry::default(),
+                };
                 kiln_log_relay::run(config, parts, |_| is_ready.send(()).unwrap_or_default(), stopped).await
             };
             let _ = tell.send(run.await);

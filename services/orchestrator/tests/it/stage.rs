@@ -9,7 +9,7 @@ use kiln_bus::journal::{Entry, Journal};
 use kiln_bus::layout::Layout;
 use kiln_bus::seal::OpenKey;
 use kiln_bus::serve::Server;
-use kiln_bus::{Bus, Connect};
+use kiln_bus::{Bus, Connect, Lease};
 use kiln_contract::error::Refusal;
 use kiln_contract::orchestrator::{Build, BuildAnswer, Cancel, RecordAt, source_to_json};
 use kiln_contract::resolver::{
@@ -93,6 +93,7 @@ impl Stage {
             engine: self.engine.clone(),
             open_key: self.key.clone(),
             life: String::new(),
+            lease: Lease::default(),
             metrics: Registry::default(),
         };
         let (ready, answers) = tokio::sync::oneshot::channel();
