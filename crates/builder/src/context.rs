@@ -249,6 +249,7 @@ mod tests {
                 version: String::new(),
                 build_args: Default::default(),
                 target: String::new(),
+                checkout_location: None,
                 platform: None,
             };
             locate(&source, "0123456789abcdef", root.clone()).map_err(|failure| failure.message)

@@ -74,6 +74,7 @@ mod tests {
             version: "abc".into(),
             build_args: BTreeMap::new(),
             target: String::new(),
+            checkout_location: None,
             platform: None,
         }
     }
@@ -97,6 +98,7 @@ mod tests {
                     version: text(&file["dockerfileVersion"]),
                     build_args: BTreeMap::new(),
                     target: String::new(),
+                    checkout_location: None,
                     platform: None,
                 };
                 base_ref(&text(&vector["base_image_repository"]), &source, &source.revision)

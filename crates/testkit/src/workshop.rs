@@ -78,6 +78,7 @@ impl Workshop {
             version: String::new(),
             build_args: BTreeMap::new(),
             target: String::new(),
+            checkout_location: None,
             platform: None,
         };
         change(&mut source);

@@ -82,6 +82,7 @@ mod tests {
             version: String::new(),
             build_args: BTreeMap::new(),
             target: String::new(),
+            checkout_location: None,
             platform: None,
         });
         let id = BuildId::new(&ImageKey::of("r/t:x"), [1; 10]);

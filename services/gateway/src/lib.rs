@@ -1,11 +1,13 @@
 //! The gateway: the public gRPC API. It only translates between gRPC and the bus.
 //!
-//! - *I am asked* by clients, over gRPC: to build, watch, list, cancel, resolve, and for logs.
+//! - *I am asked* by clients, over gRPC, in our own API and in that of image-builder-mk3: to build, watch, list, cancel,
+//!   resolve, and for logs.
 //! - *I ask* an orchestrator to build and cancel, a resolver to resolve; records and logs I read from the bus myself.
 //! - *I tell* nobody anything but my callers.
 //! - *I never* decide what becomes of a build, append to a stream, or speak to a registry, a git remote or an engine.
 
 mod builds;
+mod compat;
 mod config;
 mod convert;
 mod list;
@@ -18,6 +20,7 @@ mod steps;
 mod stopping;
 mod watch;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -26,6 +29,7 @@ use kiln_bus::journal::Journal;
 use kiln_bus::logs::Logs;
 use kiln_bus::seal::SealKey;
 use kiln_bus::view::View;
+use kiln_proto::builder::image_builder_server::ImageBuilderServer;
 use kiln_proto::kiln_v1::builds_server::BuildsServer;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
@@ -34,6 +38,7 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::server::TcpIncoming;
 
 use crate::builds::BuildsApi;
+use crate::compat::ImageBuilderApi;
 pub use crate::config::Config;
 use crate::log::BuildLogs;
 use crate::queue::Queue;
@@ -88,7 +93,7 @@ pub async fn run(
         tasks: tasks.clone(),
         stop: stop.clone(),
     };
-    let api = BuildsApi {
+    let api = Arc::new(BuildsApi {
         config,
         steps,
         queue: Queue::start(&view, &tasks, &ended),
@@ -99,8 +104,11 @@ pub async fn run(
         seal_key,
         metrics: Metrics::register(&mut metrics),
         stop: stop.clone(),
-    };
-    let builds = BuildsServer::new(api)
+    });
+    let image_builder = ImageBuilderServer::new(ImageBuilderApi::new(api.clone()))
+        .max_decoding_message_size(MESSAGE_BYTES)
+        .max_encoding_message_size(MESSAGE_BYTES);
+    let builds = BuildsServer::from_arc(api)
         .max_decoding_message_size(MESSAGE_BYTES)
         .max_encoding_message_size(MESSAGE_BYTES);
 
@@ -115,9 +123,11 @@ pub async fn run(
                 served = Some(serving);
                 if serving {
                     reporter.set_serving::<BuildsServer<BuildsApi>>().await;
+                    reporter.set_serving::<ImageBuilderServer<ImageBuilderApi>>().await;
                     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
                 } else {
                     reporter.set_not_serving::<BuildsServer<BuildsApi>>().await;
+                    reporter.set_not_serving::<ImageBuilderServer<ImageBuilderApi>>().await;
                     reporter.set_service_status("", tonic_health::ServingStatus::NotServing).await;
                 }
             }
@@ -138,6 +148,7 @@ pub async fn run(
         .add_service(reflection)
         .add_service(reflection_alpha)
         .add_service(builds)
+        .add_service(image_builder)
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stop.cancelled());
     let (served, ()) = tokio::join!(serving, announced);
     ended.cancel();

@@ -11,6 +11,7 @@ use kiln_bus::seal::{OpenKey, SealKey};
 use kiln_bus::{Connect, Lease};
 use kiln_chassis::config::{Environment, Error, Problem, load};
 use kiln_chassis::telemetry;
+use kiln_domain::reference::ImageReference;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
 
@@ -263,6 +264,22 @@ impl Config {
         let Engine::Local(local) = &self.engine;
         wrong(!local.folder.is_absolute(), "engine.local.folder", "must be an absolute path");
         problems
+    }
+
+    /// The gateway's settings, with the registries of our own repositories where none are named.
+    pub(crate) fn gateway(&self) -> kiln_gateway::Config {
+        let mut gateway = self.gateway.clone().unwrap_or_default();
+        let Some(orchestrator) = &self.orchestrator else { return gateway };
+        for (registry, repository) in [
+            (&mut gateway.base_registry, &orchestrator.base_image_repository),
+            (&mut gateway.workspace_registry, &orchestrator.workspace_image_repository),
+        ] {
+            // What can't be parsed, the orchestrator refuses.
+            if let (true, Ok(reference)) = (registry.is_empty(), repository.parse::<ImageReference>()) {
+                reference.registry().clone_into(registry);
+            }
+        }
+        gateway
     }
 
     /// How a role connects to the bus.

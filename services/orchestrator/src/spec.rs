@@ -16,7 +16,9 @@ impl Held<'_> {
             (Source::Dockerfile(source), Some(commit)) if !record.base_exists => {
                 Work::Build { source: source.clone(), commit: commit.clone(), base_ref }
             }
-            (Source::Dockerfile(_), None) => return Err("the record has no commit".into()),
+            (Source::Dockerfile(_), None) if !record.base_exists => {
+                return Err("the record has no commit".into());
+            }
             _ => Work::Copy { from: base_ref, platform: Platform::default() },
         };
         Ok(RunSpec {

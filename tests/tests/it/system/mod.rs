@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod fleet;
+mod image_builder;
 mod main_job;
 mod restart;
 mod secrets;
