@@ -18,5 +18,11 @@ pub mod contentservice {
     tonic::include_proto!("contentservice");
 }
 
-/// The compiled descriptors of every file, for gRPC reflection.
+/// `wsman`: Gitpod's ws-manager.
+#[allow(clippy::all, clippy::disallowed_methods, unreachable_pub, missing_docs, reason = "generated")]
+pub mod wsman {
+    tonic::include_proto!("wsman");
+}
+
+/// The compiled descriptors of the APIs that the gateway serves, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

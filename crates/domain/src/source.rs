@@ -38,8 +38,7 @@ pub struct DockerfileSource {
     /// The stage to build; empty for the last one.
     pub target: String,
     pub platform: Option<Platform>,
-    /// For requests that name their paths in a workspace: where in it the repository lies; empty or `.` for all of it. An
-    /// empty `context_path` is then the whole workspace.
+    /// For requests that name their paths in a workspace: where in it the repository lies; empty or `.` for all of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkout_location: Option<String>,
 }
@@ -55,12 +54,10 @@ impl DockerfileSource {
 
     /// The context's path, the default filled in; empty for the repository's root.
     pub fn context(&self) -> &str {
-        if self.checkout_location.is_some() {
-            self.in_checkout(&self.context_path).unwrap_or_default()
-        } else if self.context_path.is_empty() {
+        if self.context_path.is_empty() {
             self.dockerfile().rsplit_once('/').map_or("", |(folder, _)| folder)
         } else {
-            &self.context_path
+            self.in_checkout(&self.context_path).unwrap_or_default()
         }
     }
 
@@ -89,7 +86,7 @@ impl DockerfileSource {
                 ("source.dockerfile.path", &self.path),
                 ("source.dockerfile.context_path", &self.context_path),
             ] {
-                if self.in_checkout(path).is_none() {
+                if !path.is_empty() && self.in_checkout(path).is_none() {
                     return Err(InvalidField::new(
                         field,
                         format!("`{path}` is not in the checkout, which is at `{location}`"),
@@ -319,7 +316,8 @@ mod tests {
         };
         for (location, path, context, dockerfile, folder) in [
             (None, "a/D", "", "a/D", "a"),
-            (Some(""), "a/D", "", "a/D", ""),
+            (Some(""), "a/D", "", "a/D", "a"),
+            (Some("repo"), "repo/a/D", "", "a/D", "a"),
             (Some("."), "a/D", ".", "a/D", ""),
             (Some("repo"), "repo/a/D", "repo", "a/D", ""),
             (Some("repo/"), "./repo/D", "repo/a/", "D", "a"),

@@ -18,6 +18,7 @@ mod rpc;
 mod status;
 mod steps;
 mod stopping;
+mod tls;
 mod watch;
 
 use std::sync::Arc;
@@ -39,11 +40,12 @@ use tonic::transport::server::TcpIncoming;
 
 use crate::builds::BuildsApi;
 use crate::compat::ImageBuilderApi;
-pub use crate::config::Config;
+pub use crate::config::{ClientAuth, Config, TlsConfig};
 use crate::log::BuildLogs;
 use crate::queue::Queue;
 use crate::rpc::Metrics;
 use crate::steps::Steps;
+use crate::tls::Tls;
 
 /// The role's name, of its connection.
 pub const ROLE: &str = "gateway";
@@ -71,6 +73,7 @@ pub async fn run(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let Parts { bus, seal_key, listener, mut metrics } = parts;
+    let tls = config.tls.clone().map(Tls::open).transpose().context("`gateway.tls`")?;
     let tasks = TaskTracker::new();
     let ended = CancellationToken::new();
     let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
@@ -140,7 +143,7 @@ pub async fn run(
     // Health is answered from the beginning; a call that needs the whole view is refused until it is there.
     let catching_up = view.clone();
     let announced = async { ready_once(&catching_up, ready, metrics, &stop).await };
-    let serving = tonic::transport::Server::builder()
+    let router = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
         .max_connection_age_grace(Duration::from_secs(5))
@@ -148,8 +151,17 @@ pub async fn run(
         .add_service(reflection)
         .add_service(reflection_alpha)
         .add_service(builds)
-        .add_service(image_builder)
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stop.cancelled());
+        .add_service(image_builder);
+    let stopped = stop.cancelled();
+    let serving = async {
+        match tls {
+            Some(tls) => router.serve_with_incoming_shutdown(tls.incoming(listener), stopped).await,
+            None => {
+                let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+                router.serve_with_incoming_shutdown(incoming, stopped).await
+            }
+        }
+    };
     let (served, ()) = tokio::join!(serving, announced);
     ended.cancel();
     tasks.close();

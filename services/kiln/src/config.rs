@@ -1,7 +1,7 @@
 //! The configuration of a Kiln process: one file for all roles, of which each reads its own section and what is
 //! common. `kiln up` takes the same file and fills in what it starts itself.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,24 +9,30 @@ use anyhow::Context as _;
 use kiln_bus::layout::Layout;
 use kiln_bus::seal::{OpenKey, SealKey};
 use kiln_bus::{Connect, Lease};
-use kiln_chassis::config::{Environment, Error, Problem, load};
+use kiln_chassis::config::{Environment, Error, Problem, load, load_over};
 use kiln_chassis::telemetry;
 use kiln_domain::reference::ImageReference;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
 
+use crate::mk3_config;
+
 /// Variables that begin as configuration does and mean something else.
-const RESERVED: [&str; 9] = [
+const RESERVED: [&str; 10] = [
     telemetry::FILTER_VARIABLE,
     telemetry::FORMAT_VARIABLE,
     "KILN_ADDR",
     "KILN_CONFIG",
     "KILN_GIT_PASSWORD",
     "KILN_GIT_USERNAME",
+    "KILN_MK3_CONFIG",
     "KILN_NATS_SERVER",
     "KILN_NATS_URL",
     "KILN_REGISTRY",
 ];
+
+/// Where the gRPC API listens, unless something else is said.
+pub(crate) const DEFAULT_GRPC: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8080));
 
 /// The parts that may be a process of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -155,7 +161,7 @@ impl Default for Holders {
 impl Default for Listen {
     fn default() -> Self {
         let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
-        Self { grpc: local(8080), health: local(9501), metrics: local(9500) }
+        Self { grpc: DEFAULT_GRPC, health: local(9501), metrics: local(9500) }
     }
 }
 
@@ -177,6 +183,20 @@ impl Config {
         load(file, &Environment::of_process(&RESERVED), |_| Vec::new())
     }
 
+    /// As [`Config::read`], with what a file of image-builder-mk3 says beneath.
+    pub(crate) fn read_over(mk3: mk3_config::Layer, file: Option<&Path>) -> Result<Self, Error> {
+        load_over(mk3.keys, file, &Environment::of_process(&RESERVED), |_| Vec::new())
+    }
+
+    /// As [`Config::load`], with what a file of image-builder-mk3 says beneath.
+    pub(crate) fn load_over(
+        mk3: mk3_config::Layer,
+        file: Option<&Path>,
+        roles: &[Role],
+    ) -> Result<Self, Error> {
+        load_over(mk3.keys, file, &Environment::of_process(&RESERVED), |config: &Self| config.problems(roles))
+    }
+
     /// Reads the file, and `KILN_…` over it. Checked are what is common, the sections that are there, and those of
     /// `roles` in any case.
     pub(crate) fn load(file: Option<&Path>, roles: &[Role]) -> Result<Self, Error> {
@@ -190,6 +210,9 @@ impl Config {
             problems.extend(found.iter().map(|text| in_section(name, text)));
         };
         let needs = |role| roles.contains(&role);
+        if let Some(gateway) = &self.gateway {
+            section("gateway", gateway.problems());
+        }
         if self.resolver.is_some() || needs(Role::Resolver) {
             section("resolver", self.resolver.clone().unwrap_or_default().problems());
         }

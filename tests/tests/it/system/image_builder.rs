@@ -9,7 +9,10 @@ use kiln_proto::builder::build_source::From;
 use kiln_proto::builder::image_builder_client::ImageBuilderClient;
 use kiln_proto::contentservice as content;
 use kiln_proto::kiln_v1 as api;
-use kiln_testkit::workshop::Repository;
+use kiln_testkit::installation::{Installation, program};
+use kiln_testkit::registry::DockerRegistry;
+use kiln_testkit::workshop::{Repository, Workshop};
+use serde_json::json;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
@@ -47,6 +50,39 @@ fn image(reference: &str) -> mk3::BuildSource {
 fn slow(seconds: u32) -> String {
     let step = format!("echo begun; /bin/busybox sleep {seconds}");
     format!("{DOCKERFILE}RUN [\"/bin/busybox\", \"sh\", \"-c\", \"{step}\"]\n")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mk3s_own_configuration_file_is_taken_as_it_is() -> Result<()> {
+    let registry = DockerRegistry::start().await?;
+    let repository = |name: &str| format!("{}/gitpod/{name}", registry.address());
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("image-builder-mk3.json");
+    let config = json!({
+        "orchestrator": {
+            "baseImageRepository": repository("base-images"),
+            "workspaceImageRepository": repository("workspace-images"),
+            "builderImage": "registry.test/bob:1"
+        },
+        "refCache": {"interval": "6h0m0s", "refs": []},
+        "server": {"services": {"grpc": {"address": ":0"}}, "debug": {"colour": "red"}}
+    });
+    std::fs::write(&file, config.to_string())?;
+    let arguments = ["--mk3-config", file.to_str().context("a path")?];
+    let kiln = Installation::start(&program()?, &arguments).await?;
+    let stage = Stage { kiln, workshop: Workshop::new().await? };
+    ensure!(stage.kiln.endpoint("registry")? == registry.address(), "no registry of its own");
+    let log = stage.kiln.log();
+    for key in ["orchestrator.builderImage", "refCache.interval", "server.debug.colour"] {
+        ensure!(log.contains(&format!("`{key}`")), "{key} is not named:\n{log}");
+    }
+    let source = stage.workshop.repository(&[("Dockerfile", DOCKERFILE)], &["."])?;
+    let built = all(client(&stage).await?.build(request(&source)).await?.into_inner()).await?;
+    let done = built.last().context("a message")?;
+    ensure!(done.status() == mk3::BuildStatus::DoneSuccess, "{built:?}");
+    ensure!(done.r#ref.starts_with(&repository("workspace-images:")), "{done:?}");
+    ensure!(done.base_ref.starts_with(&repository("base-images:")), "{done:?}");
+    Ok(())
 }
 
 async fn client(stage: &Stage) -> Result<ImageBuilderClient<Channel>> {
