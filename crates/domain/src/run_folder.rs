@@ -107,6 +107,7 @@ impl From<SecretsFile> for RunSecrets {
             git_username: file.git_username,
             git_password: file.git_password.map(SecretString::from),
             registries: hidden(file.registries),
+            workspace: None,
             mounts: hidden(file.mounts),
         }
     }

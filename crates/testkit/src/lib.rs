@@ -8,5 +8,7 @@ pub mod installation;
 pub mod nats;
 pub mod records;
 pub mod registry;
+pub mod supervisor;
 pub mod wire;
 pub mod workshop;
+pub mod ws_manager;

@@ -96,6 +96,7 @@ impl Workshop {
             run: RunId::new(&build, 1),
             work,
             target_ref,
+            owner: "ann".into(),
             timeout_ms: 60_000,
             no_cache: false,
             plain_http: Vec::new(),

@@ -1,7 +1,7 @@
 //! What a builder is given, made of the build's record and its opened secrets.
 
 use kiln_domain::platform::Platform;
-use kiln_domain::run::{RunSecrets, RunSpec, Work};
+use kiln_domain::run::{RunSecrets, RunSpec, Work, WorkspaceRequest};
 use kiln_domain::source::Source;
 
 use crate::holder::Held;
@@ -25,6 +25,7 @@ impl Held<'_> {
             run: record.run(),
             work,
             target_ref: parse(&record.target_ref)?,
+            owner: record.owner.clone(),
             timeout_ms: record.timeout_ms,
             no_cache: record.no_cache,
             plain_http: self.shared.config.plain_http.clone(),
@@ -51,6 +52,10 @@ impl Held<'_> {
                 .into_iter()
                 .map(|(host, pair)| (host, pair.into()))
                 .collect(),
+            workspace: secrets.workspace.map(|given| WorkspaceRequest {
+                initializer: given.initializer.into(),
+                supervisor_ref: given.supervisor_ref,
+            }),
             mounts: secrets.mounts.into_iter().map(|(id, content)| (id, content.into())).collect(),
         })
     }
