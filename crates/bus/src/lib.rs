@@ -16,6 +16,7 @@ pub mod layout;
 pub mod lease;
 pub mod logs;
 pub mod refs;
+pub mod revocations;
 pub mod seal;
 pub mod secrets;
 pub mod serve;

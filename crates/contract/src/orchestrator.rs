@@ -37,6 +37,10 @@ pub struct Build {
     /// See [`WorkspaceImage::clone_target`].
     #[prost(string, optional, tag = "9")]
     pub clone_target: Option<String>,
+    /// Why the context can't be fetched by a builder of ours; empty if it can. An engine whose builders fetch it as the
+    /// request says it does not mind.
+    #[prost(string, tag = "10")]
+    pub unfetchable: String,
 }
 
 impl Question for Build {

@@ -226,6 +226,7 @@ impl BuildsApi {
             labels: request.labels,
             no_cache: request.no_cache,
             clone_target: None,
+            unfetchable: String::new(),
         };
         let answer = self.bus.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
         let outcome = match (answer.build, answer.already_built) {

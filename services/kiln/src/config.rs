@@ -120,6 +120,18 @@ pub(crate) struct Listen {
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Engine {
     Local(LocalEngine),
+    /// Builders as workspaces of Gitpod's ws-manager.
+    WsManager(kiln_engine_ws_manager::Config),
+}
+
+impl Engine {
+    /// The engine of this host, if it is that.
+    pub(crate) fn local(&self) -> Option<&LocalEngine> {
+        match self {
+            Self::Local(local) => Some(local),
+            Self::WsManager(_) => None,
+        }
+    }
 }
 
 /// Builders as processes of this host.
@@ -284,8 +296,14 @@ impl Config {
             "holders.lease_seconds",
             "must be between 3 and 30",
         );
-        let Engine::Local(local) = &self.engine;
-        wrong(!local.folder.is_absolute(), "engine.local.folder", "must be an absolute path");
+        match &self.engine {
+            Engine::Local(local) => {
+                wrong(!local.folder.is_absolute(), "engine.local.folder", "must be an absolute path");
+            }
+            Engine::WsManager(ws_manager) => {
+                wrong(ws_manager.builder_image.is_empty(), "engine.ws_manager.builder_image", "is empty");
+            }
+        }
         problems
     }
 

@@ -20,9 +20,15 @@ pub(crate) struct Layer {
 }
 
 /// mk3's key, and ours.
-const KEYS: [(&str, &str); 6] = [
+const KEYS: [(&str, &str); 12] = [
     ("orchestrator.baseImageRepository", "orchestrator.base_image_repository"),
     ("orchestrator.workspaceImageRepository", "orchestrator.workspace_image_repository"),
+    ("orchestrator.wsman.address", "engine.ws_manager.address"),
+    ("orchestrator.wsman.tls.ca", "engine.ws_manager.tls.ca"),
+    ("orchestrator.wsman.tls.crt", "engine.ws_manager.tls.crt"),
+    ("orchestrator.wsman.tls.key", "engine.ws_manager.tls.key"),
+    ("orchestrator.builderImage", "engine.ws_manager.builder_image"),
+    ("orchestrator.pullSecret", "engine.ws_manager.pull_secret"),
     ("refCache.refs", "cache_warmer.refs"),
     ("server.services.grpc.tls.certPath", "gateway.tls.certificate"),
     ("server.services.grpc.tls.keyPath", "gateway.tls.key"),
@@ -32,12 +38,11 @@ const KEYS: [(&str, &str); 6] = [
 const ADDRESS: &str = "server.services.grpc.address";
 
 /// Keys of mk3 that mean nothing here, and why not.
-const WITHOUT_MEANING: [(&str, &str); 5] = [
+const WITHOUT_MEANING: [(&str, &str); 4] = [
     ("refCache.interval", "references are kept younger than `cache_warmer.keep_younger_than_seconds`"),
     ("orchestrator.subassemblyBucketName", "no subassemblies are made, as mk3 made none"),
     ("orchestrator.subassemblyBucketPrefix", "no subassemblies are made, as mk3 made none"),
     ("orchestrator.enableAdditionalECRAuth", "no tokens of Amazon's registries are fetched"),
-    ("orchestrator.builderImage", "builders are this program's own"),
 ];
 
 /// Reads a file, and logs what of it means nothing here. Without a file it is empty.
@@ -66,6 +71,16 @@ fn translate(mut file: Value) -> anyhow::Result<(Layer, Vec<String>)> {
             put(&mut layer.keys, ours, value);
         }
     }
+    let mut ignored = Vec::new();
+    // Without a ws-manager builders are this host's, and need no image.
+    let has_ws_manager =
+        layer.keys.get("engine").and_then(|engine| engine.pointer("/ws_manager/address")).is_some();
+    if !has_ws_manager && layer.keys.remove("engine").is_some() {
+        ignored.push(
+            "`orchestrator.builderImage` and `pullSecret` have no meaning without `orchestrator.wsman`"
+                .into(),
+        );
+    }
     if let Some(address) = take(&mut file, ADDRESS) {
         let address = address.as_str().with_context(|| format!("`{ADDRESS}`: expected a string"))?;
         let address = socket_address(address).with_context(|| format!("`{ADDRESS}`: `{address}` is none"))?;
@@ -77,7 +92,6 @@ fn translate(mut file: Value) -> anyhow::Result<(Layer, Vec<String>)> {
         .filter_map(|key| layer.keys.get("orchestrator")?.get(key)?.as_str()?.parse::<ImageReference>().ok())
         .map(|reference| reference.registry().to_owned())
         .next();
-    let mut ignored = Vec::new();
     for (key, why) in WITHOUT_MEANING {
         if take(&mut file, key).is_some() {
             ignored.push(format!("`{key}` has no meaning here: {why}"));
@@ -176,6 +190,14 @@ mod tests {
                 "base_image_repository": "eu.gcr.io/gitpod/base-images",
                 "workspace_image_repository": "eu.gcr.io/gitpod/workspace-images"
             },
+            "engine": {
+                "ws_manager": {
+                    "address": "ws-manager-mk2:8080",
+                    "tls": {"ca": "/wsman-certs/ca.crt", "crt": "/wsman-certs/tls.crt", "key": "/wsman-certs/tls.key"},
+                    "builder_image": "eu.gcr.io/gitpod/bob:1",
+                    "pull_secret": "image-builder-registry-secret"
+                }
+            },
             "cache_warmer": {"refs": ["gitpod/workspace-full:latest"]},
             "listen": {"grpc": "[::]:8080"},
             "gateway": {
@@ -189,7 +211,7 @@ mod tests {
             !ignored.iter().any(|line| line.contains("ubassembly") || line.contains("ECR")),
             "{ignored:?}"
         );
-        for key in ["refCache.interval", "orchestrator.wsman.address", "orchestrator.pullSecretFile"] {
+        for key in ["refCache.interval", "orchestrator.pullSecretFile"] {
             assert!(ignored.iter().any(|line| line.contains(&format!("`{key}`"))), "{key}: {ignored:?}");
         }
         assert!(!format!("{ignored:?}").contains("pull-secret.json"), "a value is shown");

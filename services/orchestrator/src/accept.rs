@@ -33,6 +33,8 @@ pub(crate) struct Request {
     pub(crate) no_cache: bool,
     /// See [`kiln_contract::orchestrator::WorkspaceImage::clone_target`].
     pub(crate) clone_target: Option<String>,
+    /// Why no builder of ours can fetch the context; empty if it can.
+    pub(crate) unfetchable: String,
 }
 
 pub(crate) enum Accepted {
@@ -147,7 +149,10 @@ impl Shared {
         };
         let commit = match (&request.source, &image.commit) {
             // An image that is not named by its commit is built from what the revision is now.
-            (Source::Dockerfile(dockerfile), None) if !base_exists => {
+            (Source::Dockerfile(dockerfile), None) if !base_exists && !self.engine.fetches_contexts() => {
+                if !request.unfetchable.is_empty() {
+                    return Err(Refusal::new(Code::InvalidArgument, request.unfetchable.clone()));
+                }
                 Some(self.commit(dockerfile, &request.sealed).await?)
             }
             (Source::Dockerfile(dockerfile), None) => {

@@ -49,6 +49,7 @@ async fn build(orchestrator: &Shared, question: Build) -> Result<BuildAnswer, Re
         labels: question.labels.into_iter().collect(),
         no_cache: question.no_cache,
         clone_target: question.clone_target,
+        unfetchable: question.unfetchable,
     };
     Ok(match orchestrator.accept(request).await? {
         Accepted::Build { entry, joined } => BuildAnswer {

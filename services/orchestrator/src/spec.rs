@@ -16,6 +16,12 @@ impl Held<'_> {
             (Source::Dockerfile(source), Some(commit)) if !record.base_exists => {
                 Work::Build { source: source.clone(), commit: commit.clone(), base_ref }
             }
+            // Its request says what is fetched.
+            (Source::Dockerfile(source), None)
+                if !record.base_exists && self.shared.engine.fetches_contexts() =>
+            {
+                Work::Build { source: source.clone(), commit: String::new(), base_ref }
+            }
             (Source::Dockerfile(_), None) if !record.base_exists => {
                 return Err("the record has no commit".into());
             }

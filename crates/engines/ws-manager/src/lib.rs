@@ -163,6 +163,10 @@ impl Engine for WsManagerEngine {
         "ws-manager"
     }
 
+    fn fetches_contexts(&self) -> bool {
+        true
+    }
+
     async fn start(&self, spec: &RunSpec, secrets: &RunSecrets) -> Result<Handle, EngineError> {
         let run = &spec.run;
         if self.is_revoked(run).await? {

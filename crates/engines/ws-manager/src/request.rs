@@ -103,7 +103,8 @@ fn initializer(
     commit: &str,
     secrets: &RunSecrets,
 ) -> Result<content::WorkspaceInitializer, Failure> {
-    if let Some(given) = &secrets.workspace {
+    let given = secrets.workspace.as_ref().filter(|given| !given.initializer.expose_secret().is_empty());
+    if let Some(given) = given {
         let unreadable = || Failure::new(FailureReason::Internal, "the request's initializer can't be read");
         let bytes = STANDARD.decode(given.initializer.expose_secret()).map_err(|_| unreadable())?;
         return content::WorkspaceInitializer::decode(bytes.as_slice()).map_err(|_| unreadable());

@@ -15,7 +15,6 @@ use tonic::Status;
 
 use crate::builds::{Answers, PATIENCE};
 use crate::compat::auth::registry_auth;
-use crate::compat::resolve::Named;
 use crate::compat::source::given;
 use crate::compat::{ImageBuilderApi, info};
 use crate::status;
@@ -40,10 +39,8 @@ impl ImageBuilderApi {
         {
             return Ok(only(built));
         }
-        let named = self.name(given, auth).await?;
-        if let Some(problem) = named.unfetchable {
-            return self.built_elsewhere(&named, request.force_rebuild, problem).await.map(only);
-        }
+        let mut named = self.name(given, auth).await?;
+        named.secrets.workspace.get_or_insert_default().supervisor_ref = request.supervisor_ref;
         let question = ask::Build {
             request_id: format!("{:032x}", rand::random::<u128>()),
             source: ask::source_to_json(&named.source).map_err(|error| not_started(&error))?,
@@ -51,6 +48,7 @@ impl ImageBuilderApi {
             force: request.force_rebuild,
             owner: request.triggered_by,
             clone_target: Some(named.clone_target),
+            unfetchable: named.unfetchable.unwrap_or_default().to_owned(),
             ..Default::default()
         };
         let answer = self.builds.bus.ask(&question, PATIENCE).await.map_err(|error| not_started(&error))?;
@@ -77,21 +75,6 @@ impl ImageBuilderApi {
         };
         let answer = self.ask_for(&Source::Image(base), "").await.map_err(|error| not_started(&error))?;
         Ok(answer.exists.then(|| found(answer.target_ref, answer.base_ref)))
-    }
-
-    /// The image of a source that we can name but not fetch, if it is there.
-    async fn built_elsewhere(
-        &self,
-        named: &Named,
-        force: bool,
-        problem: &str,
-    ) -> Result<api::BuildResponse, Status> {
-        let answer =
-            self.ask_for(&named.source, &named.clone_target).await.map_err(|error| not_started(&error))?;
-        if answer.exists && !force {
-            return Ok(found(answer.target_ref, answer.base_ref));
-        }
-        Err(Status::invalid_argument(format!("cannot start build: {problem}")))
     }
 
     /// `running` at once, then the build's end. Whoever drops the stream ends nothing but the stream.

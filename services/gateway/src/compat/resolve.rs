@@ -20,7 +20,7 @@ pub(crate) struct Named {
     pub(crate) source: Source,
     pub(crate) clone_target: String,
     pub(crate) secrets: Secrets,
-    /// Why it can't be built, only named.
+    /// Why a builder of ours could not fetch it.
     pub(crate) unfetchable: Option<&'static str>,
 }
 

@@ -1,12 +1,15 @@
 //! What a request of the compatible API is to be built from.
 
-use kiln_contract::secrets::Secrets;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use kiln_contract::secrets::{Secrets, Workspace};
 use kiln_domain::limits;
 use kiln_domain::source::DockerfileSource;
 use kiln_proto::builder as api;
 use kiln_proto::builder::build_source::From;
 use kiln_proto::contentservice as content;
 use kiln_proto::contentservice::workspace_initializer::Spec;
+use prost::Message as _;
 use tonic::Status;
 
 /// A request's source.
@@ -23,9 +26,9 @@ pub(crate) struct Dockerfile {
     pub(crate) source: DockerfileSource,
     /// What the image is named by; not always what is checked out.
     pub(crate) clone_target: String,
-    /// With the credentials for the repository alone.
+    /// With the credentials for the repository, and the initializer as it came.
     pub(crate) secrets: Secrets,
-    /// Why it can be named, but not fetched by us.
+    /// Why a builder of ours could not fetch it.
     pub(crate) unfetchable: Option<&'static str>,
 }
 
@@ -43,6 +46,7 @@ fn unresolvable(problem: &str) -> Status {
 }
 
 fn dockerfile(file: api::BuildSourceDockerfile) -> Result<Dockerfile, Status> {
+    let whole = file.source.as_ref().map(|initializer| STANDARD.encode(initializer.encode_to_vec()));
     let Some(Spec::Git(git)) = file.source.and_then(|initializer| initializer.spec) else {
         return Err(unresolvable("unsupported context initializer"));
     };
@@ -58,7 +62,8 @@ fn dockerfile(file: api::BuildSourceDockerfile) -> Result<Dockerfile, Status> {
         }
     };
     let config = git.config.unwrap_or_default();
-    let mut secrets = Secrets::default();
+    let workspace = Workspace { initializer: whole.unwrap_or_default(), supervisor_ref: String::new() };
+    let mut secrets = Secrets { workspace: Some(workspace), ..Secrets::default() };
     match config.authentication() {
         content::GitAuthMethod::NoAuth => {}
         content::GitAuthMethod::BasicAuth => {
@@ -67,7 +72,8 @@ fn dockerfile(file: api::BuildSourceDockerfile) -> Result<Dockerfile, Status> {
             secrets.git_password = config.auth_password;
         }
         content::GitAuthMethod::BasicAuthOts => {
-            unfetchable = Some("git credentials from a one-time URL (auth_ots) are not supported");
+            unfetchable =
+                Some("git credentials from a one-time URL (auth_ots) are for builders in workspaces");
         }
     }
     let source = DockerfileSource {
@@ -150,7 +156,9 @@ mod tests {
         };
         let basic = with(content::GitAuthMethod::BasicAuth).secrets;
         assert_eq!((basic.git_username.as_str(), basic.git_password.as_str()), ("ann", "word"));
-        assert!(with(content::GitAuthMethod::NoAuth).secrets == Secrets::default());
+        let none = with(content::GitAuthMethod::NoAuth).secrets;
+        assert!(none.git_username.is_empty() && none.git_password.is_empty());
+        assert!(none.workspace.is_some_and(|workspace| !workspace.initializer.is_empty()));
         assert!(with(content::GitAuthMethod::BasicAuthOts).unfetchable.is_some());
     }
 

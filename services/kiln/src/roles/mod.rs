@@ -53,14 +53,14 @@ async fn play(host: &Host, config: &Config, role: Role, stop: CancellationToken)
         }
         Role::Resolver => resolver::run(host, config, stop).await,
         Role::Orchestrator => {
-            let engine = engine::open(config)?;
-            let ran = orchestrator::run(host, config, engine.clone(), stop).await;
+            let engine = engine::open(config, host).await?;
+            let ran = orchestrator::run(host, config, engine.engine(), stop).await;
             engine.close().await;
             ran
         }
         Role::LogRelay => {
-            let engine = engine::open(config)?;
-            let ran = log_relay::run(host, config, engine.clone(), stop).await;
+            let engine = engine::open(config, host).await?;
+            let ran = log_relay::run(host, config, engine.engine(), stop).await;
             engine.close().await;
             ran
         }

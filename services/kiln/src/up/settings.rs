@@ -28,8 +28,9 @@ pub(crate) fn complete(
         config.seal.seed = Some(seed);
         config.seal.public_key = None;
     }
-    let Engine::Local(local) = &mut config.engine;
-    data.path().clone_into(&mut local.folder);
+    if let Engine::Local(local) = &mut config.engine {
+        data.path().clone_into(&mut local.folder);
+    }
 
     let address = &backing.registry.address;
     complete_repositories(&mut config, address);
