@@ -249,6 +249,7 @@ mod tests {
                 version: String::new(),
                 build_args: Default::default(),
                 target: String::new(),
+                checkout_location: None,
                 platform: None,
                 unknown: Default::default(),
             };

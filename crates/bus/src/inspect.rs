@@ -13,6 +13,7 @@ use kiln_domain::id::InstanceId;
 use crate::connection::Bus;
 use crate::error::BusError;
 use crate::holders::leases;
+use crate::keeper::DISK;
 use crate::layout::{Layout, buckets, streams};
 
 /// What Kiln's own configurations set. With less, larger requests are refused.
@@ -52,6 +53,10 @@ impl Bus {
         {
             findings.extend(self.inspect_stream(&what, &wanted).await);
         }
+        findings.push(match self.probe().await {
+            Ok(()) => Finding::ok("nats writes", "what is written is taken"),
+            Err(error) => Finding::problem("nats writes", format!("nothing is taken: {error}"), DISK),
+        });
         findings
     }
 

@@ -7,12 +7,13 @@ use std::time::Duration;
 use async_nats::jetstream::stream::{DiscardPolicy, Info};
 use async_nats::jetstream::{self, context::GetStreamErrorKind, kv, stream};
 use futures::StreamExt as _;
-use kiln_contract::subject;
+use kiln_contract::{bucket, subject};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+use tokio::time::Instant;
 
 use crate::connection::Bus;
 use crate::error::BusError;
@@ -25,6 +26,13 @@ const LOOK: Duration = Duration::from_secs(5);
 /// How soon it looks again at what was missing.
 const LOOK_AT_MISSING: Duration = Duration::from_secs(1);
 const MISSING: &str = "missing";
+/// How long a stream must have been missing before it is made again. nats-server 2.15 tells of a deletion before it has removed
+/// the stream's folder: one that is made at that moment loses its own, and takes nothing until the server is restarted.
+const MADE_AGAIN_AFTER: Duration = Duration::from_secs(3);
+/// A write is taken within this long, or the disk is in trouble.
+const TAKEN: Duration = Duration::from_secs(5);
+/// What is written to see that something is: no instance's name.
+const PROBE: &str = "probe";
 /// The server answers within this long, or it counts as unreachable.
 const ANSWER: Duration = Duration::from_secs(2);
 /// What the server tells everybody when a stream, or a bucket's, is deleted.
@@ -38,6 +46,7 @@ pub struct Keeper {
     bus: Bus,
     layout: Layout,
     metrics: Metrics,
+    missing_since: BTreeMap<String, Instant>,
     /// What was wrong when it looked last.
     troubles: BTreeMap<Labels, String>,
 }
@@ -75,6 +84,7 @@ impl Keeper {
             bus: bus.clone(),
             layout: layout.clone(),
             metrics: Metrics::register(registry),
+            missing_since: BTreeMap::new(),
             troubles: BTreeMap::new(),
         }
     }
@@ -119,11 +129,19 @@ impl Keeper {
             let name = wanted.name.clone();
             let looked = self.bus.attend(KEEP, self.bus.js.get_stream(&name)).await;
             let info = match looked {
-                Ok(Ok(stream)) => stream.cached_info().clone(),
+                Ok(Ok(stream)) => {
+                    self.missing_since.remove(&name);
+                    stream.cached_info().clone()
+                }
                 Ok(Err(error)) if is_missing(&error.kind()) => {
-                    let became = match self.make(made).await {
-                        Ok(()) => "it is made again, empty".to_owned(),
-                        Err(error) => format!("it can't be made again now: {error}"),
+                    let since = *self.missing_since.entry(name.clone()).or_insert_with(Instant::now);
+                    let became = if since.elapsed() < MADE_AGAIN_AFTER {
+                        "it is made again, empty, in some seconds".to_owned()
+                    } else {
+                        match self.make(made).await {
+                            Ok(()) => "it is made again, empty".to_owned(),
+                            Err(error) => format!("it can't be made again now: {error}"),
+                        }
                     };
                     note(&name, MISSING, format!("somebody deleted it, and what it held is lost: {became}"));
                     continue;
@@ -147,6 +165,12 @@ impl Keeper {
                 _ => {}
             }
         }
+        if found.is_empty()
+            && let Err(error) = self.bus.probe().await
+        {
+            let labels = Labels { part: "bus".to_owned(), what: "takes_nothing" };
+            found.insert(labels, format!("nats-server answers, and takes no write: {error}; {DISK}"));
+        }
         // A mirror goes on from where it is: it would leave out what a younger journal has up to there.
         if let (Some(journal), Some((created, made))) = (journal, mirror)
             && created < journal
@@ -156,7 +180,7 @@ impl Keeper {
                 Err(error) => format!("it can't be made anew now: {error}"),
             };
             let why = format!("it mirrors a journal that is gone: {became}");
-            note(subject::EVENTS_STREAM, "outlived_journal", why);
+            found.insert(Labels { part: subject::EVENTS_STREAM.to_owned(), what: "outlived_journal" }, why);
         }
         self.tell(found);
     }
@@ -204,6 +228,23 @@ impl Keeper {
             self.metrics.trouble.get_or_create(labels).set(0);
         }
         self.troubles = found;
+    }
+}
+
+/// What is to be done where nothing is taken.
+pub(crate) const DISK: &str = "the disk under it may be full: make room, then restart nats-server";
+
+impl Bus {
+    /// Whether a write is taken: a stream that met a full disk leaves all unanswered, and shows it in no other way. It is
+    /// written where leases are, which are written all the time.
+    pub(crate) async fn probe(&self) -> Result<(), BusError> {
+        const WRITE: &str = "write to the bus";
+        let write = async {
+            let store = self.call(WRITE, self.js.get_key_value(bucket::HOLDERS)).await?;
+            self.call(WRITE, store.put(PROBE, "".into())).await
+        };
+        let late = |_| BusError::unavailable(WRITE, "no answer");
+        tokio::time::timeout(TAKEN, write).await.map_err(late)?.map(|_| ())
     }
 }
 

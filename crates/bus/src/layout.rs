@@ -149,7 +149,7 @@ pub(crate) fn streams(layout: &Layout) -> [stream::Config; 4] {
     ]
 }
 
-pub(crate) fn buckets(layout: &Layout) -> [kv::Config; 3] {
+pub(crate) fn buckets(layout: &Layout) -> [kv::Config; 4] {
     let file = kv::Config { history: 1, num_replicas: layout.replicas, ..Default::default() };
     [
         kv::Config {
@@ -163,6 +163,13 @@ pub(crate) fn buckets(layout: &Layout) -> [kv::Config; 3] {
             description: "Sealed secrets; its keys are the builds that are not cleaned up yet".into(),
             // Each attempt has the longest wait and the longest timeout.
             max_age: limits::LONGEST * (2 * limits::ATTEMPTS) + Duration::from_secs(DAY),
+            ..file.clone()
+        },
+        kv::Config {
+            bucket: bucket::REVOCATIONS.into(),
+            description: "Runs that must not be started any more".into(),
+            // Above any time for which a start may be under way.
+            max_age: Duration::from_secs(2 * DAY),
             ..file.clone()
         },
         kv::Config {

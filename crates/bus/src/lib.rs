@@ -17,6 +17,7 @@ pub mod layout;
 mod lease;
 pub mod logs;
 pub mod refs;
+pub mod revocations;
 pub mod seal;
 pub mod secrets;
 pub mod serve;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use figment::Figment;
 use figment::error::{Actual, Kind};
-use figment::providers::{Env, Format, Json};
+use figment::providers::{Env, Format, Json, Serialized};
 use figment::value::{Dict, Value};
 use serde::de::DeserializeOwned;
 
@@ -86,7 +86,17 @@ pub fn load<T: DeserializeOwned>(
     environment: &Environment,
     check: impl FnOnce(&T) -> Vec<Problem>,
 ) -> Result<T, Error> {
-    let mut figment = Figment::new();
+    load_over(serde_json::Map::new(), file, environment, check)
+}
+
+/// As [`load`], with values beneath the file's: those of a file that has another form.
+pub fn load_over<T: DeserializeOwned>(
+    beneath: serde_json::Map<String, serde_json::Value>,
+    file: Option<&Path>,
+    environment: &Environment,
+    check: impl FnOnce(&T) -> Vec<Problem>,
+) -> Result<T, Error> {
+    let mut figment = Figment::from(Serialized::defaults(beneath));
     if let Some(path) = file {
         figment = figment.merge(Json::string(&read(path)?));
     }
@@ -289,6 +299,18 @@ mod tests {
         assert_eq!(config.listen, Some("127.0.0.1:1".parse().expect("an address")));
         assert_eq!((config.slots, config.part.count, config.part.name.as_str()), (7, 9, "x"));
         assert_eq!(config.hosts, ["b", "c"]);
+    }
+
+    #[test]
+    fn the_file_lies_over_what_is_beneath_key_by_key() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), r#"{"slots": 3, "part": {"count": 2}}"#).expect("written");
+        let beneath = serde_json::json!({"slots": 9, "hosts": ["a"], "part": {"name": "x", "count": 1}});
+        let serde_json::Value::Object(beneath) = beneath else { panic!("an object") };
+        let config: Whole =
+            load_over(beneath, Some(file.path()), &Environment::default(), |_| vec![]).expect("right");
+        assert_eq!((config.slots, config.part.count, config.part.name.as_str()), (3, 2, "x"));
+        assert_eq!(config.hosts, ["a"]);
     }
 
     #[test]

@@ -34,6 +34,13 @@ pub struct Build {
     pub labels: HashMap<String, String>,
     #[prost(bool, tag = "8")]
     pub no_cache: bool,
+    /// See [`WorkspaceImage::clone_target`].
+    #[prost(string, optional, tag = "9")]
+    pub clone_target: Option<String>,
+    /// Why the context can't be fetched by a builder of ours; empty if it can. An engine whose builders fetch it as the
+    /// request says it does not mind.
+    #[prost(string, tag = "10")]
+    pub unfetchable: String,
 }
 
 impl Question for Build {
@@ -108,6 +115,10 @@ pub struct WorkspaceImage {
     /// Sealed [`crate::secrets::Secrets`].
     #[prost(bytes = "bytes", tag = "2")]
     pub secrets: Bytes,
+    /// The image is to be named as image-builder-mk3 names it, of what the request says, and nobody is asked: this text
+    /// stands in the commit's place, and an image reference for itself.
+    #[prost(string, optional, tag = "3")]
+    pub clone_target: Option<String>,
 }
 
 impl Question for WorkspaceImage {

@@ -20,6 +20,17 @@ pub struct Secrets {
     /// For `RUN --mount=type=secret`: id → content, base64.
     #[serde(default)]
     pub mounts: BTreeMap<String, String>,
+    /// Of a request of the compatible API.
+    #[serde(default)]
+    pub workspace: Option<Workspace>,
+}
+
+/// How a request wants the workspace that builds.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Workspace {
+    /// `contentservice.WorkspaceInitializer`, as protobuf, base64.
+    pub initializer: String,
+    pub supervisor_ref: String,
 }
 
 /// Which registry credentials a request may use.
@@ -57,6 +68,12 @@ impl Secrets {
 impl fmt::Debug for Secrets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secrets(…)")
+    }
+}
+
+impl fmt::Debug for Workspace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Workspace(…)")
     }
 }
 

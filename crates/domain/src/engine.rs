@@ -93,6 +93,11 @@ pub trait Engine: Send + Sync {
         None
     }
 
+    /// Its builders fetch a Dockerfile's context by themselves, as the request says it: no commit need be known for them.
+    fn fetches_contexts(&self) -> bool {
+        false
+    }
+
     /// Starts a run; of a run that was started before (also by another process) it gives the handle.
     /// [`EngineError::Revoked`] after [`Engine::revoke`].
     async fn start(&self, spec: &RunSpec, secrets: &RunSecrets) -> Result<Handle, EngineError>;

@@ -74,6 +74,7 @@ mod tests {
             version: "abc".into(),
             build_args: BTreeMap::new(),
             target: String::new(),
+            checkout_location: None,
             platform: None,
             unknown: BTreeMap::new(),
         }
@@ -98,6 +99,7 @@ mod tests {
                     version: text(&file["dockerfileVersion"]),
                     build_args: BTreeMap::new(),
                     target: String::new(),
+                    checkout_location: None,
                     platform: None,
                     unknown: BTreeMap::new(),
                 };

@@ -20,6 +20,9 @@ pub struct RunSpec {
     pub run: RunId,
     pub work: Work,
     pub target_ref: ImageReference,
+    /// Who asked for the build first.
+    #[serde(default)]
+    pub owner: String,
     /// The builder gives up by itself after this long.
     pub timeout_ms: u64,
     pub no_cache: bool,
@@ -59,6 +62,17 @@ pub struct RunSecrets {
     pub push: BTreeMap<String, SecretString>,
     /// For `RUN --mount=type=secret`: id → content, base64.
     pub mounts: BTreeMap<String, SecretString>,
+    /// Of a request that said how its workspace is to be.
+    pub workspace: Option<WorkspaceRequest>,
+}
+
+/// What a request of image-builder-mk3's API says of the workspace that builds. Only an engine of workspaces looks at it.
+#[derive(Clone, Debug)]
+pub struct WorkspaceRequest {
+    /// `contentservice.WorkspaceInitializer`, as protobuf, base64: it holds credentials.
+    pub initializer: SecretString,
+    /// The image of its supervisor.
+    pub supervisor_ref: String,
 }
 
 /// An image that a FROM names.

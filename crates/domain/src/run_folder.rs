@@ -180,6 +180,7 @@ impl From<SecretsFile> for RunSecrets {
             git_password: file.git_password.map(SecretString::from),
             registries: hidden(file.registries),
             push: hidden(file.push),
+            workspace: None,
             mounts: hidden(file.mounts),
         }
     }

@@ -53,6 +53,9 @@ pub struct DockerfileSource {
     /// The stage to build; empty for the last one.
     pub target: String,
     pub platform: Option<Platform>,
+    /// For requests that name their paths in a workspace: where in it the repository lies; empty or `.` for all of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkout_location: Option<String>,
     /// What a newer release wrote here: carried on as it is.
     #[serde(flatten)]
     #[schemars(skip)]
@@ -62,7 +65,10 @@ pub struct DockerfileSource {
 impl DockerfileSource {
     /// The Dockerfile's path, the default filled in.
     pub fn dockerfile(&self) -> &str {
-        if self.path.is_empty() { "Dockerfile" } else { &self.path }
+        match self.in_checkout(&self.path) {
+            None | Some("") => "Dockerfile",
+            Some(path) => path,
+        }
     }
 
     /// The context's path, the default filled in; empty for the repository's root.
@@ -70,7 +76,20 @@ impl DockerfileSource {
         if self.context_path.is_empty() {
             self.dockerfile().rsplit_once('/').map_or("", |(folder, _)| folder)
         } else {
-            &self.context_path
+            self.in_checkout(&self.context_path).unwrap_or_default()
+        }
+    }
+
+    /// A path as asked for, relative to the repository's root; `None` where it lies elsewhere.
+    fn in_checkout<'a>(&self, path: &'a str) -> Option<&'a str> {
+        let Some(location) = &self.checkout_location else { return Some(path) };
+        let (location, path) = (plain_path(location), plain_path(path));
+        if location.is_empty() {
+            return Some(path);
+        }
+        match path.strip_prefix(location)? {
+            "" => Some(""),
+            rest => rest.strip_prefix('/'),
         }
     }
 
@@ -80,6 +99,20 @@ impl DockerfileSource {
         check_revision(&self.revision)?;
         check_path("source.dockerfile.path", &self.path)?;
         check_path("source.dockerfile.context_path", &self.context_path)?;
+        if let Some(location) = &self.checkout_location {
+            check_path("source.dockerfile.checkout_location", location)?;
+            for (field, path) in [
+                ("source.dockerfile.path", &self.path),
+                ("source.dockerfile.context_path", &self.context_path),
+            ] {
+                if !path.is_empty() && self.in_checkout(path).is_none() {
+                    return Err(InvalidField::new(
+                        field,
+                        format!("`{path}` is not in the checkout, which is at `{location}`"),
+                    ));
+                }
+            }
+        }
         check_text("source.dockerfile.version", &self.version)?;
         check_text("source.dockerfile.target", &self.target)?;
         if self.target.starts_with('-') {
@@ -101,6 +134,13 @@ impl DockerfileSource {
         }
         Ok(())
     }
+}
+
+/// A path without `./` before it and `/` after it; empty for `.`.
+fn plain_path(path: &str) -> &str {
+    let path = path.trim_end_matches('/');
+    let path = path.strip_prefix("./").unwrap_or(path);
+    if path == "." { "" } else { path }
 }
 
 /// A field of a request that can't be taken, by the name it has in the API.
@@ -275,6 +315,44 @@ mod tests {
         assert_eq!(git_transports("http://h/x"), ["http", "https"]);
         assert_eq!(git_transports("https://h/x"), ["https"]);
         assert!(git_transports("ext::sh -c x").is_empty());
+    }
+
+    #[test]
+    fn paths_in_a_workspace_are_of_the_checkout() {
+        let check = |location: Option<&str>, path: &str, context: &str| {
+            let source = DockerfileSource {
+                remote_uri: "https://host/x".into(),
+                revision: String::new(),
+                path: path.into(),
+                context_path: context.into(),
+                version: String::new(),
+                build_args: BTreeMap::new(),
+                target: String::new(),
+                platform: None,
+                unknown: BTreeMap::new(),
+                checkout_location: location.map(Into::into),
+            };
+            source.check(false).map(|()| (source.dockerfile().to_owned(), source.context().to_owned()))
+        };
+        for (location, path, context, dockerfile, folder) in [
+            (None, "a/D", "", "a/D", "a"),
+            (Some(""), "a/D", "", "a/D", "a"),
+            (Some("repo"), "repo/a/D", "", "a/D", "a"),
+            (Some("."), "a/D", ".", "a/D", ""),
+            (Some("repo"), "repo/a/D", "repo", "a/D", ""),
+            (Some("repo/"), "./repo/D", "repo/a/", "D", "a"),
+        ] {
+            let found = check(location, path, context);
+            assert_eq!(found, Ok((dockerfile.into(), folder.into())), "{location:?} {path} {context}");
+        }
+        for (location, path, context) in [
+            ("repo", "D", "repo"),
+            ("repo", "repository/D", "repo"),
+            ("repo", "repo/D", "."),
+            ("..", "../D", ".."),
+        ] {
+            assert!(check(Some(location), path, context).is_err(), "{location} {path} {context}");
+        }
     }
 
     #[test]

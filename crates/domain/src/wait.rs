@@ -94,7 +94,12 @@ mod tests {
             let by = by.clone();
             let change = match *change {
                 "claimed" => Change::Claimed { by },
-                "started" => Change::Started { by, handle: Handle::new("h"), engine: "local".into() },
+                "started" => Change::Started {
+                    by,
+                    handle: Handle::new("h"),
+                    engine: "local".into(),
+                    build_tool: String::new(),
+                },
                 "retrying" => Change::Retrying { by, why: "attempt 1 was lost".into() },
                 "released" => Change::Released { by, why: None },
                 why => Change::Released { by, why: Some(why.into()) },

@@ -13,5 +13,7 @@ pub mod process;
 pub mod records;
 pub mod registry;
 pub mod streams;
+pub mod supervisor;
 pub mod wire;
 pub mod workshop;
+pub mod ws_manager;

@@ -100,6 +100,7 @@ impl Workshop {
             version: String::new(),
             build_args: BTreeMap::new(),
             target: String::new(),
+            checkout_location: None,
             platform: None,
             unknown: BTreeMap::new(),
         };
@@ -118,6 +119,7 @@ impl Workshop {
             run: RunId::new(&build, 1),
             work,
             target_ref,
+            owner: "ann".into(),
             timeout_ms: 60_000,
             no_cache: false,
             plain_http: Vec::new(),

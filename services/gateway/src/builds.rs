@@ -33,7 +33,7 @@ use crate::steps::Steps;
 use crate::{convert, request, status};
 
 /// How long a question that asks a registry or git remote may take; one that doesn't answers in milliseconds.
-const PATIENCE: Duration = Duration::from_secs(50);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(50);
 /// How long a call waits until the gateway's own view has what the answer says.
 pub(crate) const OWN_VIEW: Duration = Duration::from_secs(1);
 
@@ -54,7 +54,7 @@ pub(crate) struct BuildsApi {
     pub(crate) metrics: Metrics,
 }
 
-type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+pub(crate) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl Builds for BuildsApi {
@@ -213,6 +213,7 @@ impl Builds for BuildsApi {
                 let question = ask::WorkspaceImage {
                     source: ask::source_to_json(&source).map_err(|error| status::of(&error))?,
                     secrets: self.seal(&secrets)?,
+                    clone_target: None,
                 };
                 let answer = self.bus.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
                 Ok(api::ResolveWorkspaceImageResponse {
@@ -241,6 +242,8 @@ impl BuildsApi {
             timeout_ms,
             labels: request.labels,
             no_cache: request.no_cache,
+            clone_target: None,
+            unfetchable: String::new(),
         };
         let answer = self.bus.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
         let outcome = match (answer.build, answer.already_built) {
@@ -269,7 +272,7 @@ impl BuildsApi {
         Ok(Box::pin(chunks.map(|chunk| chunk.map(convert::chunk).map_err(status::of_read))))
     }
 
-    fn seal(&self, secrets: &Secrets) -> Result<Bytes, Status> {
+    pub(crate) fn seal(&self, secrets: &Secrets) -> Result<Bytes, Status> {
         kiln_bus::secrets::seal(&self.seal_key, secrets).map_err(|error| Status::internal(error.to_string()))
     }
 

@@ -1,11 +1,13 @@
 //! The gateway: the public API. It only translates between gRPC, or HTTP for logs, and the bus.
 //!
-//! - *I am asked* by clients, over gRPC: to build, watch, list, cancel, resolve, and for logs; over HTTP for logs.
+//! - *I am asked* by clients, over gRPC, in our own API and in that of image-builder-mk3: to build, watch, list, cancel,
+//!   resolve, and for logs; over HTTP for logs.
 //! - *I ask* an orchestrator to build and cancel, a resolver to resolve; records and logs I read from the bus myself.
 //! - *I tell* nobody anything but my callers.
 //! - *I never* decide what becomes of a build, append to a stream, or speak to a registry, a git remote or an engine.
 
 mod builds;
+mod compat;
 mod config;
 mod convert;
 mod cut;
@@ -18,8 +20,10 @@ mod request;
 mod rpc;
 mod status;
 mod steps;
+mod tls;
 mod watch;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -28,6 +32,7 @@ use kiln_bus::journal::Journal;
 use kiln_bus::logs::Logs;
 use kiln_bus::seal::SealKey;
 use kiln_bus::view::View;
+use kiln_proto::builder::image_builder_server::ImageBuilderServer;
 use kiln_proto::kiln_v1::builds_server::BuildsServer;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -38,13 +43,15 @@ use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 
 use crate::builds::BuildsApi;
-pub use crate::config::Config;
+use crate::compat::ImageBuilderApi;
+pub use crate::config::{ClientAuth, Config, TlsConfig};
 use crate::cut::Cuts;
 use crate::log::BuildLogs;
 use crate::presence::Presence;
 use crate::queue::Queue;
 use crate::rpc::Metrics;
 use crate::steps::Steps;
+use crate::tls::Tls;
 
 /// The role's name, of its connection.
 pub const ROLE: &str = "gateway";
@@ -72,6 +79,7 @@ pub async fn run(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let Parts { bus, seal_key, listener, mut metrics } = parts;
+    let tls = config.tls.clone().map(Tls::open).transpose().context("`gateway.tls`")?;
     let tasks = TaskTracker::new();
     let ended = CancellationToken::new();
     let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
@@ -99,7 +107,7 @@ pub async fn run(
         cuts: cuts.clone(),
         readers,
     };
-    let api = BuildsApi {
+    let api = Arc::new(BuildsApi {
         config,
         steps,
         queue: Queue::start(&view, &tasks, &ended),
@@ -110,8 +118,11 @@ pub async fn run(
         view: view.clone(),
         seal_key,
         metrics: Metrics::register(&mut metrics),
-    };
-    let builds = BuildsServer::new(api)
+    });
+    let image_builder = ImageBuilderServer::new(ImageBuilderApi::new(api.clone()))
+        .max_decoding_message_size(MESSAGE_BYTES)
+        .max_encoding_message_size(MESSAGE_BYTES);
+    let builds = BuildsServer::from_arc(api)
         .max_decoding_message_size(MESSAGE_BYTES)
         .max_encoding_message_size(MESSAGE_BYTES);
 
@@ -126,9 +137,11 @@ pub async fn run(
                 served = Some(serving);
                 if serving {
                     reporter.set_serving::<BuildsServer<BuildsApi>>().await;
+                    reporter.set_serving::<ImageBuilderServer<ImageBuilderApi>>().await;
                     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
                 } else {
                     reporter.set_not_serving::<BuildsServer<BuildsApi>>().await;
+                    reporter.set_not_serving::<ImageBuilderServer<ImageBuilderApi>>().await;
                     reporter.set_service_status("", tonic_health::ServingStatus::NotServing).await;
                 }
             }
@@ -138,21 +151,32 @@ pub async fn run(
             }
         }
     });
-    let services =
-        Routes::new(health).add_service(reflection).add_service(reflection_alpha).add_service(builds);
-    let incoming = TcpIncoming::from(listener)
-        .with_nodelay(Some(true))
-        // What HTTP/2's pings are to the others: a peer that is gone without a word is noticed within a minute.
-        .with_keepalive(Some(Duration::from_secs(30)))
-        .with_keepalive_interval(Some(Duration::from_secs(10)))
-        .with_keepalive_retries(Some(3));
-    let serving = tonic::transport::Server::builder()
+    let services = Routes::new(health)
+        .add_service(reflection)
+        .add_service(reflection_alpha)
+        .add_service(builds)
+        .add_service(image_builder);
+    let router = tonic::transport::Server::builder()
         .accept_http1(true)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
         .max_connection_age_grace(Duration::from_secs(5))
-        .add_routes(http::routes(services, build_logs, &mut metrics))
-        .serve_with_incoming_shutdown(incoming, stop.cancelled());
+        .add_routes(http::routes(services, build_logs, &mut metrics));
+    let stopped = stop.cancelled();
+    let serving = async {
+        match tls {
+            Some(tls) => router.serve_with_incoming_shutdown(tls.incoming(listener), stopped).await,
+            None => {
+                let incoming = TcpIncoming::from(listener)
+                    .with_nodelay(Some(true))
+                    // What HTTP/2's pings are to the others: a peer that is gone without a word is noticed within a minute.
+                    .with_keepalive(Some(Duration::from_secs(30)))
+                    .with_keepalive_interval(Some(Duration::from_secs(10)))
+                    .with_keepalive_retries(Some(3));
+                router.serve_with_incoming_shutdown(incoming, stopped).await
+            }
+        }
+    };
     // Health is answered from the beginning; a call that needs the whole view is refused until it is there.
     let announced = ready_once(&view, ready, metrics, &stop);
     let (served, ()) = tokio::join!(serving, announced);

@@ -39,6 +39,7 @@ pub(crate) fn source(source: Option<api::Source>, file_remotes: bool) -> Result<
                 version: dockerfile.version,
                 build_args: dockerfile.build_args.into_iter().collect(),
                 target: dockerfile.target,
+                checkout_location: None,
                 platform: platform(&dockerfile.platforms)?,
                 unknown: BTreeMap::new(),
             };

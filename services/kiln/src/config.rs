@@ -1,7 +1,7 @@
 //! The configuration of a Kiln process: one file for all roles, of which each reads its own section and what is
 //! common. `kiln up` takes the same file and fills in what it starts itself.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,24 +9,31 @@ use anyhow::Context as _;
 use kiln_bus::layout::Layout;
 use kiln_bus::seal::{OpenKey, SealKey};
 use kiln_bus::{Connect, Lease};
-use kiln_chassis::config::{Environment, Error, Problem, load};
+use kiln_chassis::config::{Environment, Error, Problem, load, load_over};
 use kiln_chassis::telemetry;
+use kiln_domain::reference::ImageReference;
 use kiln_domain::run_folder::{Builder, Buildkit};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
 
+use crate::mk3_config;
+
 /// Variables that begin as configuration does and mean something else.
-const RESERVED: [&str; 9] = [
+const RESERVED: [&str; 10] = [
     telemetry::FILTER_VARIABLE,
     telemetry::FORMAT_VARIABLE,
     "KILN_ADDR",
     "KILN_CONFIG",
     "KILN_GIT_PASSWORD",
     "KILN_GIT_USERNAME",
+    "KILN_MK3_CONFIG",
     "KILN_NATS_SERVER",
     "KILN_NATS_URL",
     "KILN_REGISTRY",
 ];
+
+/// Where the gRPC API listens, unless something else is said.
+pub(crate) const DEFAULT_GRPC: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8080));
 
 /// The parts that may be a process of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -116,6 +123,18 @@ pub(crate) struct Listen {
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Engine {
     Local(LocalEngine),
+    /// Builders as workspaces of Gitpod's ws-manager.
+    WsManager(kiln_engine_ws_manager::Config),
+}
+
+impl Engine {
+    /// The engine of this host, if it is that.
+    pub(crate) fn local(&self) -> Option<&LocalEngine> {
+        match self {
+            Self::Local(local) => Some(local),
+            Self::WsManager(_) => None,
+        }
+    }
 }
 
 /// Builders as processes of this host.
@@ -160,7 +179,7 @@ impl Default for Holders {
 impl Default for Listen {
     fn default() -> Self {
         let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
-        Self { grpc: local(8080), health: local(9501), metrics: local(9500) }
+        Self { grpc: DEFAULT_GRPC, health: local(9501), metrics: local(9500) }
     }
 }
 
@@ -188,6 +207,20 @@ impl Config {
         load(file, &Environment::of_process(&RESERVED), |_| Vec::new())
     }
 
+    /// As [`Config::read`], with what a file of image-builder-mk3 says beneath.
+    pub(crate) fn read_over(mk3: mk3_config::Layer, file: Option<&Path>) -> Result<Self, Error> {
+        load_over(mk3.keys, file, &Environment::of_process(&RESERVED), |_| Vec::new())
+    }
+
+    /// As [`Config::load`], with what a file of image-builder-mk3 says beneath.
+    pub(crate) fn load_over(
+        mk3: mk3_config::Layer,
+        file: Option<&Path>,
+        roles: &[Role],
+    ) -> Result<Self, Error> {
+        load_over(mk3.keys, file, &Environment::of_process(&RESERVED), |config: &Self| config.problems(roles))
+    }
+
     /// Reads the file, and `KILN_…` over it. Checked are what is common, the sections that are there, and those of
     /// `roles` in any case.
     pub(crate) fn load(file: Option<&Path>, roles: &[Role]) -> Result<Self, Error> {
@@ -202,6 +235,9 @@ impl Config {
         };
         section("credentials", self.credentials.problems());
         let needs = |role| roles.contains(&role);
+        if let Some(gateway) = &self.gateway {
+            section("gateway", gateway.problems());
+        }
         if self.resolver.is_some() || needs(Role::Resolver) {
             section("resolver", self.resolver.clone().unwrap_or_default().problems());
         }
@@ -273,31 +309,32 @@ impl Config {
             "holders.lease_seconds",
             "must be between 3 and 30",
         );
-        let Engine::Local(local) = &self.engine;
-        wrong(!local.folder.is_absolute(), "engine.local.folder", "must be an absolute path");
-        let buildkit = &local.buildkit;
-        let addressed = |scheme: &str, address: &String| {
-            address.strip_prefix(scheme).is_some_and(|rest| !rest.is_empty())
-        };
-        wrong(
-            !buildkit
-                .addresses
-                .iter()
-                .all(|address| addressed("tcp://", address) || addressed("unix:///", address)),
-            "engine.local.buildkit.addresses",
-            "each must be tcp://HOST:PORT or unix:///PATH",
-        );
-        wrong(
-            buildkit.tls.is_none() && buildkit.addresses.iter().any(|address| addressed("tcp://", address)),
-            "engine.local.buildkit.tls",
-            "is missing: a daemon at a tcp:// address gets the credentials of builds",
-        );
-        wrong(
-            buildkit.cache_bytes < 100 << 20,
-            "engine.local.buildkit.cache_bytes",
-            "must be at least 100 MiB",
-        );
+        match &self.engine {
+            Engine::Local(local) => {
+                wrong(!local.folder.is_absolute(), "engine.local.folder", "must be an absolute path");
+                problems_of_buildkit(&local.buildkit, &mut wrong);
+            }
+            Engine::WsManager(ws_manager) => {
+                wrong(ws_manager.builder_image.is_empty(), "engine.ws_manager.builder_image", "is empty");
+            }
+        }
         problems
+    }
+
+    /// The gateway's settings, with the registries of our own repositories where none are named.
+    pub(crate) fn gateway(&self) -> kiln_gateway::Config {
+        let mut gateway = self.gateway.clone().unwrap_or_default();
+        let Some(orchestrator) = &self.orchestrator else { return gateway };
+        for (registry, repository) in [
+            (&mut gateway.base_registry, &orchestrator.base_image_repository),
+            (&mut gateway.workspace_registry, &orchestrator.workspace_image_repository),
+        ] {
+            // What can't be parsed, the orchestrator refuses.
+            if let (true, Ok(reference)) = (registry.is_empty(), repository.parse::<ImageReference>()) {
+                reference.registry().clone_into(registry);
+            }
+        }
+        gateway
     }
 
     /// How a role connects to the bus.
@@ -360,4 +397,21 @@ fn in_section(section: &str, text: &str) -> Problem {
         Some((key, message)) => Problem::new(format!("{section}.{key}"), message),
         None => Problem::new(section, text),
     }
+}
+/// What is wrong with the settings of BuildKit: `wrong(whether, key, what)`.
+fn problems_of_buildkit(buildkit: &Buildkit, wrong: &mut impl FnMut(bool, &str, &str)) {
+    let addressed =
+        |scheme: &str, address: &String| address.strip_prefix(scheme).is_some_and(|rest| !rest.is_empty());
+    let known = |address: &String| addressed("tcp://", address) || addressed("unix:///", address);
+    wrong(
+        !buildkit.addresses.iter().all(known),
+        "engine.local.buildkit.addresses",
+        "each must be tcp://HOST:PORT or unix:///PATH",
+    );
+    wrong(
+        buildkit.tls.is_none() && buildkit.addresses.iter().any(|address| addressed("tcp://", address)),
+        "engine.local.buildkit.tls",
+        "is missing: a daemon at a tcp:// address gets the credentials of builds",
+    );
+    wrong(buildkit.cache_bytes < 100 << 20, "engine.local.buildkit.cache_bytes", "must be at least 100 MiB");
 }

@@ -4,6 +4,7 @@ mod check_config;
 mod cli;
 mod config;
 mod doctor;
+mod mk3_config;
 mod process;
 mod roles;
 mod up;

@@ -31,6 +31,10 @@ pub(crate) struct Request {
     pub(crate) timeout_ms: u64,
     pub(crate) labels: BTreeMap<String, String>,
     pub(crate) no_cache: bool,
+    /// See [`kiln_contract::orchestrator::WorkspaceImage::clone_target`].
+    pub(crate) clone_target: Option<String>,
+    /// Why no builder of ours can fetch the context; empty if it can.
+    pub(crate) unfetchable: String,
 }
 
 pub(crate) enum Accepted {
@@ -49,7 +53,7 @@ impl Shared {
         let timeout_ms = self.timeout_ms(&request)?;
         // Who sends what can't be opened hears of it now, not from a failed build.
         kiln_bus::secrets::open(&self.open_key, &request.sealed).map_err(|error| unopenable(&error))?;
-        let image = self.identify(&request.source, &request.sealed).await?;
+        let image = self.identify(&request.source, request.clone_target.as_deref(), &request.sealed).await?;
         let key = ImageKey::of(&image.target_ref.to_string());
         loop {
             // The tail is read before anything is asked of the registry: an append on it then proves that nothing
@@ -146,8 +150,22 @@ impl Shared {
             Source::Dockerfile(_) if request.force || request.no_cache => false,
             Source::Dockerfile(_) => self.resolver.find(&image.base_ref).await?.is_some(),
         };
+        let commit = match (&request.source, &image.commit) {
+            // An image that is not named by its commit is built from what the revision is now.
+            (Source::Dockerfile(dockerfile), None) if !base_exists && !self.engine.fetches_contexts() => {
+                if !request.unfetchable.is_empty() {
+                    return Err(Refusal::new(Code::InvalidArgument, request.unfetchable.clone()));
+                }
+                Some(self.commit(dockerfile, &request.sealed).await?)
+            }
+            (Source::Dockerfile(dockerfile), None) => {
+                dockerfile.check(self.config.file_remotes)?;
+                None
+            }
+            _ => image.commit.clone(),
+        };
         Ok(Record {
-            commit: image.commit.clone(),
+            commit,
             base_exists,
             digest_before,
             requests: vec![request.id.clone()],

@@ -49,7 +49,7 @@ impl Held<'_> {
             {
                 failure
             }
-            (Ending::Deadline, _) => self.took_too_long(&findings),
+            (Ending::Deadline, _) => self.took_too_long(&findings).await,
             (_, Some(RunResult::Failed(failure))) => failure,
             (_, Some(RunResult::Pushed(digest))) => {
                 let message = format!("the builder reported {digest}, but the image is not there");
@@ -142,12 +142,20 @@ impl Held<'_> {
         }
     }
 
-    fn took_too_long(&self, findings: &Findings) -> Failure {
+    async fn took_too_long(&self, findings: &Findings) -> Failure {
         let longest = findings.steps.iter().max_by_key(|step| step.duration_ms);
         let what = longest.map(|step| {
             let took = spoken(Duration::from_millis(step.duration_ms.unwrap_or_default()));
             format!("; what ran longest: step {}, {} ({took})", step.number, step.name)
         });
+        // A builder that was killed, or stands still, has told of no step's time; but of the one that it was at.
+        let what =
+            match what {
+                Some(what) => Some(what),
+                None => self.shared.logs.last_progress(&self.record().id).await.map(|progress| {
+                    format!("; it was at step {}, {}", progress.step.number, progress.step.name)
+                }),
+            };
         let limit = spoken(self.record().timeout());
         Failure::new(
             FailureReason::Timeout,

@@ -96,6 +96,7 @@ mod tests {
             run: kiln_domain::id::RunId::new(&build, 1),
             work,
             target_ref: "target.test/workspace:1".parse().unwrap(),
+            owner: "ann".into(),
             timeout_ms: 1,
             no_cache: false,
             plain_http: Vec::new(),

@@ -48,6 +48,8 @@ async fn build(orchestrator: &Shared, question: Build) -> Result<BuildAnswer, Re
         timeout_ms: question.timeout_ms,
         labels: question.labels.into_iter().collect(),
         no_cache: question.no_cache,
+        clone_target: question.clone_target,
+        unfetchable: question.unfetchable,
     };
     Ok(match orchestrator.accept(request).await? {
         Accepted::Build { entry, joined } => BuildAnswer {
@@ -77,7 +79,7 @@ async fn workspace_image(
     question: WorkspaceImage,
 ) -> Result<WorkspaceImageAnswer, Refusal> {
     let source = source_from_json(&question.source)?;
-    let image = orchestrator.identify(&source, &question.secrets).await?;
+    let image = orchestrator.identify(&source, question.clone_target.as_deref(), &question.secrets).await?;
     let found = orchestrator.resolver.find(&image.target_ref).await?;
     Ok(WorkspaceImageAnswer {
         target_ref: image.target_ref.to_string(),

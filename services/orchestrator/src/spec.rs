@@ -1,7 +1,7 @@
 //! What a builder is given, made of the build's record and its opened secrets.
 
 use kiln_domain::platform::Platform;
-use kiln_domain::run::{RunSecrets, RunSpec, Work};
+use kiln_domain::run::{RunSecrets, RunSpec, Work, WorkspaceRequest};
 use kiln_domain::source::Source;
 
 use crate::credentials::{self, Logins};
@@ -20,13 +20,22 @@ impl Held<'_> {
             (Source::Dockerfile(source), Some(commit)) if !record.base_exists => {
                 Work::Build { source: source.clone(), commit: commit.clone(), base_ref }
             }
-            (Source::Dockerfile(_), None) => return Err("the record has no commit".into()),
+            // Its request says what is fetched.
+            (Source::Dockerfile(source), None)
+                if !record.base_exists && self.shared.engine.fetches_contexts() =>
+            {
+                Work::Build { source: source.clone(), commit: String::new(), base_ref }
+            }
+            (Source::Dockerfile(_), None) if !record.base_exists => {
+                return Err("the record has no commit".into());
+            }
             _ => Work::Copy { from: base_ref, platform: Platform::default() },
         };
         Ok(RunSpec {
             run: record.run(),
             work,
             target_ref: parse(&record.target_ref)?,
+            owner: record.owner.clone(),
             timeout_ms: record.timeout_ms,
             no_cache: record.no_cache,
             plain_http: self.shared.config.plain_http.clone(),
@@ -59,6 +68,10 @@ impl Held<'_> {
             git_password: Some(secrets.git_password).filter(|password| !password.is_empty()).map(Into::into),
             registries: logins.pull,
             push: logins.push,
+            workspace: secrets.workspace.map(|given| WorkspaceRequest {
+                initializer: given.initializer.into(),
+                supervisor_ref: given.supervisor_ref,
+            }),
             mounts: secrets.mounts.into_iter().map(|(id, content)| (id, content.into())).collect(),
         })
     }

@@ -92,8 +92,12 @@ impl Plant {
         let lock = File::create(folder.join(run_folder::LOCK))?;
         lock.lock()?;
         let output = File::create(folder.join(run_folder::OUTPUT))?;
-        let started =
-            Change::Started { by: self.by.clone(), handle: Handle::new("bench"), engine: "local".into(), build_tool: String::new() };
+        let started = Change::Started {
+            by: self.by.clone(),
+            handle: Handle::new("bench"),
+            engine: "local".into(),
+            build_tool: String::new(),
+        };
         build.entry = self.journal.append(Some(&build.entry), &started, &self.by).await?;
         Ok(Builder { output, _lock: lock })
     }

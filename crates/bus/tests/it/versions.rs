@@ -146,7 +146,12 @@ async fn story(bus: &Bus, key: &OpenKey) -> Result<()> {
         build_tool: "buildah 1.28".into(),
     };
     let claim = |by: &_| Change::Claimed { by: Clone::clone(by) };
-    let start = || Change::Started { by: by.clone(), handle: Handle::new("run 1"), engine: "local".into() };
+    let start = || Change::Started {
+        by: by.clone(),
+        handle: Handle::new("run 1"),
+        engine: "local".into(),
+        build_tool: String::new(),
+    };
     let cancel = || Change::CancelRequested { reason: "enough".into() };
     let join = || Change::Joined { owner: "bob".into(), request: "r2".into() };
     let lost = || Change::Retrying { by: by.clone(), why: "the builder was lost".into() };

@@ -170,7 +170,13 @@ impl Play {
     pub(crate) async fn start(&mut self) -> Result<()> {
         let by = InstanceId::new("orchestrator", 1)?;
         self.change(Change::Claimed { by: by.clone() }).await?;
-        self.change(Change::Started { by, handle: Handle::new("a run"), engine: "fake".into() }).await
+        self.change(Change::Started {
+            by,
+            handle: Handle::new("a run"),
+            engine: "fake".into(),
+            build_tool: String::new(),
+        })
+        .await
     }
 
     /// Its builder has come to a step.

@@ -10,7 +10,7 @@ use kiln_domain::run_folder::Settings;
 use kiln_engine_local::LocalEngine;
 use kiln_engine_local::inspect::{self, Found, Stands, room};
 
-use crate::config::{Config, Engine, LocalEngine as LocalConfig};
+use crate::config::{Config, LocalEngine as LocalConfig};
 use crate::roles::engine;
 
 /// For the end of what lives of a run, and for its removal.
@@ -18,22 +18,18 @@ const ENDING: Duration = Duration::from_secs(60);
 
 const ON_ITS_HOST: &str = "run this on the engine's host, as the user of its orchestrator; the folder is made when that first starts";
 
-fn local(config: &Config) -> &LocalConfig {
-    let Engine::Local(local) = &config.engine;
-    local
+fn runs(local: &LocalConfig) -> PathBuf {
+    local.folder.join(engine::RUNS)
 }
 
-fn runs(config: &Config) -> PathBuf {
-    local(config).folder.join(engine::RUNS)
-}
-
-fn settings(config: &Config) -> Settings {
-    engine::settings(local(config), local(config).folder.join(engine::LAYERS))
+fn settings(local: &LocalConfig) -> Settings {
+    engine::settings(local, local.folder.join(engine::LAYERS))
 }
 
 /// The runs that are there, or why they can't be seen.
 pub(super) fn look(config: &Config) -> Result<Vec<Found>, Finding> {
-    let runs = runs(config);
+    let Some(local) = config.engine.local() else { return Ok(Vec::new()) };
+    let runs = runs(local);
     inspect::look(&runs).map_err(|error| {
         Finding::unchecked("runs", format!("{} can't be read: {error}", runs.display()), ON_ITS_HOST)
     })
@@ -41,12 +37,19 @@ pub(super) fn look(config: &Config) -> Result<Vec<Found>, Finding> {
 
 /// Whether the programs of builders are there and work.
 pub(super) async fn tools(config: &Config) -> Vec<Finding> {
-    kiln_builder::inspect::tools(&settings(config)).await
+    match config.engine.local() {
+        Some(local) => kiln_builder::inspect::tools(&settings(local)).await,
+        None => vec![Finding::unchecked(
+            "engine",
+            "builders are workspaces of a ws-manager, which are not examined here".to_owned(),
+            "ask ws-manager for the workspaces with the annotation managed-by=image-builder",
+        )],
+    }
 }
 
 /// How full the disks are.
 pub(super) fn rooms(config: &Config) -> Vec<Finding> {
-    vec![room("disk", existing(&local(config).folder))]
+    config.engine.local().map(|local| room("disk", existing(&local.folder))).into_iter().collect()
 }
 
 /// The folder, or the nearest above it that is there.
@@ -73,7 +76,9 @@ pub(super) fn leftovers(
         })
     };
     let live = found.iter().any(|found| found.lives);
-    findings.extend(kiln_builder::inspect::leftovers(&runs(config), &settings(config), in_hand, live));
+    if let Some(local) = config.engine.local() {
+        findings.extend(kiln_builder::inspect::leftovers(&runs(local), &settings(local), in_hand, live));
+    }
     findings
 }
 
@@ -86,7 +91,8 @@ pub(super) async fn fix(config: &Config, found: &[Found], stands: impl Fn(&Found
         found.is_leftover(stands) && (stands == Stands::Over || !found.lives)
     });
     let left: Vec<&Found> = left.collect();
-    let engine = match engine::open(config) {
+    let Some(local) = config.engine.local() else { return Vec::new() };
+    let engine = match engine::open_local(local, Vec::new()) {
         Ok(engine) => engine,
         Err(error) => return vec![Finding::unchecked(PART, format!("{error:#}"), ON_ITS_HOST)],
     };

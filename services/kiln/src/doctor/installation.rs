@@ -62,8 +62,9 @@ impl Installation {
             File::open(folder.join(up::LOCK)).map_err(|error| no_data_dir(&folder, &error.to_string()))?;
         let runs = flock(&lock, FlockOperation::NonBlockingLockShared).is_err();
         drop(lock);
-        let Engine::Local(local) = &mut config.engine;
-        folder.clone_into(&mut local.folder);
+        if let Engine::Local(local) = &mut config.engine {
+            folder.clone_into(&mut local.folder);
+        }
         if config.seal.seed.is_none() && config.seal.seed_file.is_none() {
             config.seal.seed_file = Some(folder.join(up::SEAL_KEY)).filter(|file| file.exists());
         }

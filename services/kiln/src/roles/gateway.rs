@@ -17,7 +17,7 @@ pub(crate) async fn run(
     let metrics = host.registry(ROLE);
     let parts = Parts { bus: bus.clone(), seal_key: config.seal_key()?, listener, metrics };
     let ready = |metrics| host.ready(Role::Gateway, &bus, metrics);
-    let ran = kiln_gateway::run(config.gateway.clone().unwrap_or_default(), parts, ready, stop).await;
+    let ran = kiln_gateway::run(config.gateway(), parts, ready, stop).await;
     bus.close().await;
     ran
 }

@@ -20,6 +20,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Role};
+use crate::mk3_config;
 use crate::roles::host::Host;
 
 /// What each role takes.
@@ -28,11 +29,15 @@ pub(crate) struct Options {
     /// The JSON file of the services; KILN_… variables lie over it (KILN_NATS__URL is `nats.url`)
     #[arg(long, value_name = "FILE", env = "KILN_CONFIG")]
     config: Option<PathBuf>,
+    /// The JSON file of an image-builder-mk3, as it is; what --config and the variables say lies over it
+    #[arg(long, value_name = "FILE", env = "KILN_MK3_CONFIG")]
+    mk3_config: Option<PathBuf>,
 }
 
 /// Runs one role until `stop`.
 pub(crate) async fn run(options: Options, role: Role, stop: CancellationToken) -> anyhow::Result<()> {
-    let config = Config::load(options.config.as_deref(), &[role])?;
+    let mk3 = mk3_config::read(options.mk3_config.as_deref())?;
+    let config = Config::load_over(mk3, options.config.as_deref(), &[role])?;
     let health = listen("listen.health", config.listen.health).await?;
     let metrics = listen("listen.metrics", config.listen.metrics).await?;
     let host = Host::start(health, metrics, &[role], String::new());
@@ -50,14 +55,14 @@ async fn play(host: &Host, config: &Config, role: Role, stop: CancellationToken)
         }
         Role::Resolver => resolver::run(host, config, stop).await,
         Role::Orchestrator => {
-            let engine = engine::open(config)?;
-            let ran = orchestrator::run(host, config, engine.clone(), stop).await;
+            let engine = engine::open(config, host).await?;
+            let ran = orchestrator::run(host, config, engine.engine(), stop).await;
             engine.close().await;
             ran
         }
         Role::LogRelay => {
-            let engine = engine::open(config)?;
-            let ran = log_relay::run(host, config, engine.clone(), stop).await;
+            let engine = engine::open(config, host).await?;
+            let ran = log_relay::run(host, config, engine.engine(), stop).await;
             engine.close().await;
             ran
         }

@@ -26,6 +26,7 @@ use self::backing::Backing;
 use self::data_dir::DataDir;
 use self::ports::{Ports, reachable};
 use crate::config::Config;
+use crate::mk3_config;
 
 pub(crate) use self::data_dir::LOCK;
 pub(crate) use self::nats::{SERVICES, SERVICES_PASSWORD};
@@ -41,9 +42,10 @@ pub(crate) struct Options {
     /// Where everything is kept [default: $XDG_DATA_HOME/kiln, or ~/.local/share/kiln]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// Where the gRPC API listens; like the others, port 0 picks one at the first start and keeps it
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
-    grpc_listen: SocketAddr,
+    /// Where the gRPC API listens; like the others, port 0 picks one at the first start and keeps it [default: that of
+    /// --mk3-config, or 127.0.0.1:8080]
+    #[arg(long, value_name = "ADDRESS")]
+    grpc_listen: Option<SocketAddr>,
     /// Where the registry listens
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:5000")]
     registry_listen: SocketAddr,
@@ -76,6 +78,10 @@ pub(crate) struct Options {
     /// The JSON file of the services; what is started here, and the flags, go before it
     #[arg(long, value_name = "FILE", env = "KILN_CONFIG")]
     config: Option<PathBuf>,
+    /// The JSON file of an image-builder-mk3, as it is: its registry is used then, and none is started. The flags and
+    /// --config go before it
+    #[arg(long, value_name = "FILE", env = "KILN_MK3_CONFIG")]
+    mk3_config: Option<PathBuf>,
     /// The nats-server to run
     #[arg(long, value_name = "FILE", env = "KILN_NATS_SERVER", hide = true)]
     nats_program: Option<PathBuf>,
@@ -112,7 +118,7 @@ struct Listeners {
 }
 
 /// Runs all of it until `stop`, or until a part of it can't go on.
-pub(crate) async fn run(options: Options, stop: CancellationToken) -> anyhow::Result<()> {
+pub(crate) async fn run(mut options: Options, stop: CancellationToken) -> anyhow::Result<()> {
     let path = options
         .data_dir
         .clone()
@@ -120,9 +126,15 @@ pub(crate) async fn run(options: Options, stop: CancellationToken) -> anyhow::Re
         .context("--data-dir is needed: there is no HOME to keep data in")?;
     let data = DataDir::open(&path)?;
     data.remove(ENDPOINTS)?;
-    let config = Config::read(options.config.as_deref())?;
+    let mk3 = mk3_config::read(options.mk3_config.as_deref())?;
+    if options.registry.is_none() {
+        options.registry.clone_from(&mk3.registry);
+    }
+    let its_grpc = mk3.grpc;
+    let config = Config::read_over(mk3, options.config.as_deref())?;
     let mut ports = Ports::open(&data)?;
-    let grpc = ports.listen("--grpc-listen", options.grpc_listen).await?;
+    let grpc = options.grpc_listen.or(its_grpc).unwrap_or(crate::config::DEFAULT_GRPC);
+    let grpc = ports.listen("--grpc-listen", grpc).await?;
     let health = ports.listen("--health-listen", options.health_listen).await?;
     let metrics = ports.listen("--metrics-listen", options.metrics_listen).await?;
     let listeners = Listeners { grpc: own(grpc)?, health: own(health)?, metrics: own(metrics)? };

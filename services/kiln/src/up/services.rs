@@ -37,7 +37,7 @@ pub(crate) async fn run(
     // The lock of the data directory says that the former life is over: what it held needn't wait for its leases.
     host.provision(&config, data.read(LIFE)?.as_deref()).await?;
     data.write(LIFE, &life)?;
-    let engine = engine::open(&config)?;
+    let engine = engine::open(&config, &host).await?;
     let stop = stop.child_token();
     let mut roles = Roles::new();
     {
@@ -49,11 +49,11 @@ pub(crate) async fn run(
         roles.spawn(async move { ("resolver", resolver::run(&host, &config, stop).await) });
     }
     {
-        let (host, config, stop, engine) = (host.clone(), config.clone(), stop.clone(), engine.clone());
+        let (host, config, stop, engine) = (host.clone(), config.clone(), stop.clone(), engine.engine());
         roles.spawn(async move { ("orchestrator", orchestrator::run(&host, &config, engine, stop).await) });
     }
     {
-        let (host, config, stop, engine) = (host.clone(), config.clone(), stop.clone(), engine.clone());
+        let (host, config, stop, engine) = (host.clone(), config.clone(), stop.clone(), engine.engine());
         roles.spawn(async move { ("log-relay", log_relay::run(&host, &config, engine, stop).await) });
     }
     {

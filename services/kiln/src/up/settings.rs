@@ -29,16 +29,17 @@ pub(crate) fn complete(
         config.seal.seed = Some(seed);
         config.seal.public_key = None;
     }
-    let Engine::Local(local) = &mut config.engine;
-    data.path().clone_into(&mut local.folder);
-    if let Some(builder) = options.builder {
-        local.builder = builder;
-    }
-    if !options.buildkit_addresses.is_empty() {
-        local.buildkit.addresses.clone_from(&options.buildkit_addresses);
-        // Who names a daemon means to use it.
-        if local.builder == Builder::Auto {
-            local.builder = Builder::Buildkit;
+    if let Engine::Local(local) = &mut config.engine {
+        data.path().clone_into(&mut local.folder);
+        if let Some(builder) = options.builder {
+            local.builder = builder;
+        }
+        if !options.buildkit_addresses.is_empty() {
+            local.buildkit.addresses.clone_from(&options.buildkit_addresses);
+            // Who names a daemon means to use it.
+            if local.builder == Builder::Auto {
+                local.builder = Builder::Buildkit;
+            }
         }
     }
 

@@ -59,6 +59,7 @@ async fn a_lost_builder_is_revoked_and_another_started() -> Result<()> {
         run: build.run(),
         work: kiln_domain::run::Work::Copy { from: "r/x:1".parse()?, platform: Default::default() },
         target_ref: "r/y:1".parse()?,
+        owner: String::new(),
         timeout_ms: 1,
         no_cache: false,
         plain_http: vec![],

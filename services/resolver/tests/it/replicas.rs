@@ -94,6 +94,7 @@ async fn succeed(rig: &Rig, target: &str) {
             by: by.clone(),
             handle: kiln_domain::engine::Handle::new("h"),
             engine: "fake".into(),
+            build_tool: String::new(),
         },
         Change::Succeeded { by: by.clone(), digest, findings: Findings::default() },
     ] {

@@ -75,6 +75,7 @@ fn change(before: Option<&Record>, event: &Event) -> Result<Change, String> {
             by,
             handle: after.handle.clone().ok_or("it has no handle")?,
             engine: after.engine.clone(),
+            build_tool: after.build_tool.clone(),
         },
         "cancel_requested" => Change::CancelRequested { reason: after.cancel.clone().unwrap_or_default() },
         "released" => Change::Released { by, why: (after.refused_starts > 0).then_some(message) },
@@ -130,7 +131,15 @@ mod tests {
         history(vec![
             (1, Change::Queued(Box::new(queued("x", [1; 10]).unwrap()))),
             (1, Change::Claimed { by: one.clone() }),
-            (1, Change::Started { by: one.clone(), handle: Handle::new("h"), engine: "local".into() }),
+            (
+                1,
+                Change::Started {
+                    by: one.clone(),
+                    handle: Handle::new("h"),
+                    engine: "local".into(),
+                    build_tool: String::new(),
+                },
+            ),
             (2, Change::Joined { owner: "ben".into(), request: "r".into() }),
             (1, Change::Released { by: one, why: None }),
             (2, Change::Claimed { by: two.clone() }),

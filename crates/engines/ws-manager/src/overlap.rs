@@ -1,0 +1,131 @@
+//! Places in an output that is read from a ring: a supervisor gives each new reader the last 256 KiB once more, and does not
+//! say where in the output they begin. Pure.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD;
+use kiln_domain::engine::Cursor;
+
+/// What a supervisor replays.
+pub(crate) const RING: usize = 256 * 1024;
+/// So many bytes before a place are remembered, to find it again.
+const TAIL: usize = 96;
+
+/// A place in an output: how many bytes are before it, and the last of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) offset: u64,
+    tail: Vec<u8>,
+}
+
+/// Where a place is in a replay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// The output goes on after so many bytes of it.
+    After(usize),
+    /// Not in it so far.
+    NotYet,
+    /// It is no more in the ring: what is there follows a gap.
+    Lost,
+}
+
+impl Place {
+    /// A cursor of this engine; one that can't be read is the beginning.
+    pub(crate) fn of(cursor: &Cursor) -> Self {
+        let parse = |text: &str| {
+            let (offset, tail) = text.split_once('.')?;
+            Some(Self { offset: offset.parse().ok()?, tail: STANDARD_NO_PAD.decode(tail).ok()? })
+        };
+        parse(cursor.as_str()).unwrap_or_default()
+    }
+
+    pub(crate) fn cursor(&self) -> Cursor {
+        if *self == Self::default() {
+            return Cursor::default();
+        }
+        Cursor::new(format!("{}.{}", self.offset, STANDARD_NO_PAD.encode(&self.tail)))
+    }
+
+    /// The place after some further bytes.
+    pub(crate) fn advanced(mut self, bytes: &[u8]) -> Self {
+        self.offset = self.offset.saturating_add(u64::try_from(bytes.len()).unwrap_or(u64::MAX));
+        self.tail.extend_from_slice(bytes);
+        self.tail.drain(..self.tail.len().saturating_sub(TAIL));
+        self
+    }
+
+    /// Looks for the place in what a new reader was given so far.
+    ///
+    /// A replay that is the whole output is told by what stands where the place must be. In one that begins later the
+    /// place is where its tail occurs; of several, the first, so that bytes come twice rather than not at all.
+    pub(crate) fn find(&self, replay: &[u8]) -> Found {
+        if self.offset == 0 {
+            return Found::After(0);
+        }
+        let whole = usize::try_from(self.offset).ok().filter(|offset| *offset <= RING);
+        if let Some(offset) = whole {
+            match replay.get(..offset) {
+                Some(before) if before.ends_with(&self.tail) => return Found::After(offset),
+                Some(_) => {}
+                None => return Found::NotYet,
+            }
+        }
+        // A shorter tail is that of a place near the beginning, which is no more there.
+        let found = match self.tail.len() {
+            TAIL => replay.windows(TAIL).position(|window| window == self.tail),
+            _ => None,
+        };
+        match found {
+            Some(at) => Found::After(at + self.tail.len()),
+            None if replay.len() < RING => Found::NotYet,
+            None => Found::Lost,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn output(bytes: usize) -> Vec<u8> {
+        (0..bytes / 8 + 1).flat_map(|line| format!("{line:07}\n").into_bytes()).take(bytes).collect()
+    }
+
+    #[test]
+    fn a_place_is_found_in_a_replay_wherever_that_begins() {
+        let all = output(3 * RING);
+        for at in [0, 150, RING - 1, RING, RING + 1, 2 * RING] {
+            let (before, _) = all.split_at(at);
+            let place = Place::default().advanced(before);
+            assert_eq!(Place::of(&place.cursor()), place);
+            for end in [at, at + 1, at + RING / 2, at + RING] {
+                let begin = end.saturating_sub(RING);
+                let replay = &all[begin..end];
+                // The tail before the place must be there too, to find it by.
+                let expected = match at.checked_sub(begin) {
+                    Some(after) if begin == 0 || after >= TAIL => Found::After(after),
+                    _ => Found::Lost,
+                };
+                assert_eq!(place.find(replay), expected, "{at} in {begin}..{end}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_output_that_repeats_itself_is_told_by_its_length() {
+        let all = vec![b'.'; 1000];
+        let place = Place::default().advanced(&all[..500]);
+        assert_eq!(place.find(&all[..400]), Found::NotYet);
+        assert_eq!(place.find(&all), Found::After(500));
+    }
+
+    #[test]
+    fn places_of_pieces_are_those_of_the_whole() {
+        let all = output(1000);
+        let mut place = Place::default();
+        for piece in all.chunks(7) {
+            place = place.advanced(piece);
+        }
+        assert_eq!(place, Place::default().advanced(&all));
+        assert_eq!(Place::of(&Cursor::new("nonsense")), Place::default());
+    }
+}

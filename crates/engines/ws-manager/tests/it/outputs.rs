@@ -1,0 +1,58 @@
+//! Outputs whose readers are cut off.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use kiln_domain::engine::{Cursor, Engine as _};
+use kiln_domain::run::RunSecrets;
+use kiln_testkit::engine_conformance::{ENDLESS, Job, output};
+
+use crate::place::WsManagerPlace;
+
+/// So much of the output, from its beginning.
+async fn read(
+    engine: &kiln_engine_ws_manager::WsManagerEngine,
+    run: &kiln_domain::id::RunId,
+    until: usize,
+) -> Result<(Cursor, Vec<u8>)> {
+    let (mut cursor, mut text) = (Cursor::default(), Vec::new());
+    while text.len() < until {
+        let output = engine.read(run, &cursor, 64 * 1024).await?;
+        ensure!(!output.end, "it ended");
+        cursor = engine.advance(&output.from, &output.bytes);
+        text.extend_from_slice(&output.bytes);
+    }
+    Ok((cursor, text))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_byte_comes_once_whoever_is_cut_off() -> Result<()> {
+    let place = WsManagerPlace::new().await?;
+    let (engine, spec) = (place.ws_engine(), place.spec(Job::Endless)?);
+    engine.start(&spec, &RunSecrets::default()).await?;
+    let supervisors = &place.ws_manager.supervisors;
+    let id = spec.run.as_str();
+    let (_, begun) =
+        tokio::time::timeout(Duration::from_secs(30), read(&engine, &spec.run, ENDLESS.len())).await??;
+    let mut all = begun;
+    let mut at = Cursor::default();
+    // In all more than a supervisor keeps, cut off every so often.
+    for round in 0..12 {
+        let lines: String = (0..4096).map(|line| format!("{round} {line:08}\n")).collect();
+        supervisors.write(id, lines.as_bytes());
+        all.extend_from_slice(lines.as_bytes());
+        if round % 3 == 0 {
+            supervisors.cut();
+        }
+        let (cursor, text) =
+            tokio::time::timeout(Duration::from_secs(60), read(&engine, &spec.run, all.len())).await??;
+        ensure!(text == all, "after {round} rounds there are {} bytes of {}", text.len(), all.len());
+        at = cursor;
+    }
+    // Another process goes on where this one was.
+    supervisors.write(id, b"and the end\n");
+    engine.cancel(&spec.run).await?;
+    let rest = output(&place.ws_engine(), &spec.run, at, 1024).await?;
+    ensure!(rest == b"and the end\n", "{}", String::from_utf8_lossy(&rest));
+    Ok(())
+}
