@@ -4,6 +4,7 @@
 //! make it run anything (no hooks, no filters, no submodules, no other transport than the URL's own, or https for http).
 
 use std::io;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -107,7 +108,7 @@ impl Git<'_> {
 
     async fn must(&self, arguments: &[&str]) -> Result<(), Failure> {
         let ended = self.run(arguments).await?;
-        if ended.status.success() { Ok(()) } else { Err(self.failure(&ended.tail)) }
+        if ended.status.success() { Ok(()) } else { Err(self.failure(&ended)) }
     }
 
     /// The commit by itself; else, from a server that gives out no unadvertised commit, what was asked for; else all.
@@ -151,7 +152,7 @@ impl Git<'_> {
                 return Ok(false);
             }
             if !ended.tail.to_lowercase().contains("connection refused") || since.elapsed() > PATIENCE {
-                return Err(self.failure(&ended.tail));
+                return Err(self.failure(&ended));
             }
             if !told {
                 self.children
@@ -163,7 +164,11 @@ impl Git<'_> {
         }
     }
 
-    fn failure(&self, tail: &str) -> Failure {
+    fn failure(&self, ended: &Finished) -> Failure {
+        let tail = &ended.tail;
+        if let Some(failure) = killed(ended) {
+            return failure;
+        }
         if tail.contains("No space left on device") {
             return Failure::new(FailureReason::Internal, "no space left for the checkout");
         }
@@ -180,6 +185,12 @@ impl Git<'_> {
             format!("cannot fetch `{uri}`: {}", told.replace(&*self.work.to_string_lossy(), "")),
         )
     }
+}
+
+/// Of a git that a signal ended: that is never the user's fault, whatever it had said before.
+fn killed(ended: &Finished) -> Option<Failure> {
+    let signal = ended.status.signal()?;
+    Some(Failure::new(FailureReason::Internal, format!("git was killed by signal {signal}")))
 }
 
 /// Finds Dockerfile and context in a checkout. Symlinks are followed, but not out of it.
@@ -228,6 +239,20 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
+
+    #[test]
+    fn a_git_that_was_killed_is_not_the_users_fault() {
+        let ended = |status| Finished {
+            status: std::process::ExitStatus::from_raw(status),
+            tail: "fatal: early EOF\n".into(),
+        };
+        let failure = killed(&ended(9)).unwrap();
+        assert_eq!(
+            (failure.reason, &*failure.message),
+            (FailureReason::Internal, "git was killed by signal 9")
+        );
+        assert!(killed(&ended(128 << 8)).is_none());
+    }
 
     #[test]
     fn nothing_outside_the_repository_is_found() {

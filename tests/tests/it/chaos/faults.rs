@@ -234,12 +234,21 @@ pub(super) fn builders(runs: &Path) -> Vec<Pid> {
         arguments.next() == Some("builder")
             && arguments.next() == Some("--run-dir")
             && arguments.next().is_some_and(|run| Path::new(run).starts_with(runs))
+            && leads_a_session(pid)
     };
     let pids = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let mut pids: Vec<i32> = pids.filter(|pid| of_ours(*pid)).collect();
     pids.sort_unstable();
     pids.into_iter().filter_map(Pid::from_raw).collect()
+}
+
+/// A builder does; a child that it has just forked looks like it otherwise.
+fn leads_a_session(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // proc(5): behind the name come state, parent, process group, session.
+    let session = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(3));
+    session.and_then(|session| session.parse().ok()) == Some(pid)
 }
 
 /// The builder may have ended meanwhile.

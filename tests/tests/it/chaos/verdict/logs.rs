@@ -30,9 +30,8 @@ pub(super) async fn check(evidence: &Evidence<'_>) -> Result<Vec<Problem>> {
         let Answer::Build { last, logs, .. } = answer else { continue };
         let id: BuildId = last.id.parse()?;
         let Some(record) = evidence.records.get(&id) else { continue };
-        let expected = written(evidence, record);
         for log in logs {
-            let text = compare(log, &expected).map(|text| format!("as a follower read it, {text}"));
+            let text = differs(evidence, record, log).map(|text| format!("as a follower read it, {text}"));
             problems.extend(text.map(|text| Problem::of(&id, text)));
         }
     }
@@ -59,6 +58,13 @@ async fn read(
     Ok((log, complete))
 }
 
+/// Whether a log is not what the builders wrote; where they wrote nothing, the relay may say so in a line.
+fn differs(evidence: &Evidence<'_>, record: &Record, log: &[u8]) -> Option<String> {
+    let written = written(evidence, record);
+    let said = written.is_empty() && log == last_words(record).as_bytes();
+    if said { None } else { compare(log, &written) }
+}
+
 /// What the log of a build must be: the outputs of its attempts, with a line of the relay between them, and the secret masked.
 fn written(evidence: &Evidence<'_>, record: &Record) -> Vec<u8> {
     let mut log: Vec<u8> = Vec::new();
@@ -72,9 +78,6 @@ fn written(evidence: &Evidence<'_>, record: &Record) -> Vec<u8> {
         }
         let output = evidence.outputs.get(&RunId::new(&record.id, attempt));
         log.extend_from_slice(output.map_or(&[], Vec::as_slice));
-    }
-    if log.is_empty() {
-        log.extend_from_slice(last_words(record).as_bytes());
     }
     // Outputs are text here.
     let Ok(text) = String::from_utf8(log) else { return Vec::new() };
@@ -126,7 +129,10 @@ fn holds_what_was_printed(evidence: &Evidence<'_>, record: &Record) -> Option<St
     // Nothing is printed where only the copy was left to be made, or the build tool knew the step already.
     let last_step = output.rsplit("\nSTEP ").next().unwrap_or_default();
     let ran = output.contains("kiln: pushing") && !last_step.contains("\n--> Using cache");
-    (ran && output.matches(&printed).count() != 1)
+    // buildah 1.28 itself loses a step's output now and then under load: what it passes on is what the log must hold.
+    let times = output.matches(&printed).count();
+    let wrong = if evidence.plan.images.get(number)?.kind.is_played() { times != 1 } else { times > 1 };
+    (ran && wrong)
         .then(|| format!("its step printed {} bytes, and the output lacks them: {output:?}", printed.len()))
 }
 
