@@ -217,6 +217,7 @@ mod tests {
                 run: RunId::new(&build, 1),
                 work: Work::Copy { from: self.registry.reference("base:1")?, platform: Default::default() },
                 target_ref,
+                owner: "ann".into(),
                 timeout_ms: 60_000,
                 no_cache: false,
                 plain_http: Vec::new(),

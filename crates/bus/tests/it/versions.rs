@@ -194,7 +194,13 @@ async fn story(bus: &Bus, key: &OpenKey) -> Result<()> {
     let mounts = [("npmrc".to_owned(), STANDARD.encode("token"))].into();
     let credentials = [("registry.test".to_owned(), "ann:pass".to_owned())].into();
     let registry = RegistryAuth { credentials, ..RegistryAuth::default() };
-    let all = Secrets { git_username: "ann".into(), git_password: "pass".into(), registry, mounts };
+    let all = Secrets {
+        git_username: "ann".into(),
+        git_password: "pass".into(),
+        registry,
+        mounts,
+        workspace: None,
+    };
     let sealed = secrets::seal(&key.seal_key(), &all)?;
     SecretsBucket::open(bus).await?.put(&build(3)?, sealed).await?;
     Ok(())
@@ -211,6 +217,7 @@ fn dockerfile() -> Result<DockerfileSource> {
         target: "final".into(),
         platform: Some("linux/amd64".parse()?),
         unknown: BTreeMap::new(),
+        checkout_location: None,
     })
 }
 

@@ -243,6 +243,7 @@ mod tests {
             target: String::new(),
             platform: None,
             checkout_location: Some("x".into()),
+            unknown: Default::default(),
         };
         change(&mut source);
         Work::Build { source, commit: "c".repeat(40), base_ref: "r.test/base:y".parse().unwrap() }
