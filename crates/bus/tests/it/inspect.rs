@@ -36,7 +36,7 @@ async fn one_server_and_a_cluster_are_well() -> Result<()> {
     let findings = bus.inspect(&layout(1)).await;
     ensure!(bad(findings.clone()).is_empty(), "{findings:?}");
     ensure!(findings.iter().filter(|found| found.part.starts_with("stream ")).count() == 4);
-    ensure!(findings.iter().filter(|found| found.part.starts_with("bucket ")).count() == 3);
+    ensure!(findings.iter().filter(|found| found.part.starts_with("bucket ")).count() == 4);
     only(
         bus.inspect(&Layout { replicas: 3, ..layout(1) }).await.into_iter().take(3).collect(),
         Verdict::Problem,

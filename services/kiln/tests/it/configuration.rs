@@ -72,7 +72,7 @@ fn keys_and_types_are_checked_and_no_value_is_shown() {
     let (status, text) = check(json, &[], &[]);
     assert_eq!(status, Some(2));
     for expected in [
-        "`engine.cloud` (FILE): expected one of local",
+        "`engine.cloud` (FILE): expected one of local, ws_manager",
         "`listen.grpc` (FILE): invalid socket address syntax",
         "`nats.password` (FILE): expected a string, found a number",
         "`nats.pasword` (FILE): unknown key; known are url, user, password, password_file",

@@ -240,6 +240,7 @@ fn it_says_so_where_nothing_is_as_it_needs() {
         fs::create_dir(folder.path().join(name)).expect("made");
     }
     let odd = ("KILN_ENGINE__LOCAL__STORAGE_DRIVER", "btrfs");
-    let (_, findings) = doctor(&[], &[("KILN_NATS__URL", "nats://127.0.0.1:1"), of_engine, odd]);
+    let tool = ("KILN_ENGINE__LOCAL__BUILDER", "buildah");
+    let (_, findings) = doctor(&[], &[("KILN_NATS__URL", "nats://127.0.0.1:1"), of_engine, tool, odd]);
     assert!(has(&bad(&findings), "problem", "build storage", "btrfs"), "{findings:#?}");
 }

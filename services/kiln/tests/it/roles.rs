@@ -99,6 +99,10 @@ async fn every_role_runs_alone_and_ends_when_asked() {
         let line = "kiln_bus_troubles_total{part=\"KILN_LOGS\",what=\"missing\"} 1";
         roles.iter().any(|role| get(role.metrics, "/metrics").contains(line)).then_some(())
     });
+    eventually("a role says that the stream is there again", || {
+        let line = "kiln_bus_trouble{part=\"KILN_LOGS\",what=\"missing\"} 0";
+        roles.iter().any(|role| get(role.metrics, "/metrics").contains(line)).then_some(())
+    });
     nats.delete_stream("KILN_LOGS").await.expect("it is there again");
 
     // Half of them while the bus is there, half of them when it is away: nobody waits for it at the end.
