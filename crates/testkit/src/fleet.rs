@@ -134,6 +134,8 @@ impl Settings<'_> {
             ("KILN_NATS__URL", self.nats.to_owned()),
             ("KILN_SEAL__SEED", self.seal_seed.to_owned()),
             ("KILN_ENGINE__LOCAL__FOLDER", self.engine.display().to_string()),
+            // The same on every machine, whatever is installed there.
+            ("KILN_ENGINE__LOCAL__BUILDER", "buildah".to_owned()),
             ("KILN_ORCHESTRATOR__BASE_IMAGE_REPOSITORY", format!("{}/base", self.registry)),
             ("KILN_ORCHESTRATOR__WORKSPACE_IMAGE_REPOSITORY", format!("{}/workspace", self.registry)),
         ];

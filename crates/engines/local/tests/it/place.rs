@@ -23,6 +23,7 @@ impl LocalPlace {
         let storage = workshop.settings().storage;
         let program = tokio::task::spawn_blocking(builder_program).await??;
         let mut config = Config::new(workshop.runs(), program, storage);
+        config.settings = workshop.settings();
         config.grace = Duration::from_secs(3);
         let run = |script: &str| {
             format!(
