@@ -19,8 +19,7 @@ pub(super) async fn check(evidence: &Evidence<'_>) -> Result<Vec<Problem>> {
             match read(&clients, gateway, id).await? {
                 (_, false) => problems.push(Problem::of(id, "its log is not complete")),
                 (log, true) => {
-                    problems
-                        .extend(compare(&log, &written(evidence, record)).map(|text| Problem::of(id, text)));
+                    problems.extend(differs(evidence, record, &log).map(|text| Problem::of(id, text)));
                 }
             }
         }
