@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{DiscardPolicy, Info};
 use async_nats::jetstream::{self, context::GetStreamErrorKind, kv, stream};
 use futures::StreamExt as _;
@@ -38,6 +39,11 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// What the server tells everybody when a stream, or a bucket's, is deleted.
 const DELETED: &str = "$JS.EVENT.ADVISORY.STREAM.DELETED.*";
 const KEEP: &str = "look after the streams";
+/// A mirror that is behind its journal takes something within this long, or it stands still. After a change of leader
+/// nats-server may wait for minutes before it asks the journal again.
+const MIRROR_STANDS: Duration = Duration::from_secs(10);
+/// The mirror's leader gives up its place when it is asked here; the next one asks the journal at once.
+const STEP_DOWN: &str = "STREAM.LEADER.STEPDOWN";
 /// A stream that refuses when it is full is called full from here on: what is left is kept for builds that run.
 const FULL_PERCENT: u64 = 95;
 
@@ -47,6 +53,7 @@ pub struct Keeper {
     layout: Layout,
     metrics: Metrics,
     missing_since: BTreeMap<String, Instant>,
+    mirror_stands: Option<Standing>,
     /// What was wrong when it looked last.
     troubles: BTreeMap<Labels, String>,
 }
@@ -56,6 +63,13 @@ struct Labels {
     /// The stream's name (of a bucket, its stream's), or `bus`.
     part: String,
     what: &'static str,
+}
+
+/// A mirror that is behind: how far it was, under which leader, and since when.
+struct Standing {
+    last_sequence: u64,
+    leader: Option<String>,
+    since: Instant,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -69,6 +83,7 @@ struct Metrics {
     troubles: Family<Labels, Counter>,
     bytes: Family<StreamLabels, Gauge>,
     limit: Family<StreamLabels, Gauge>,
+    mirror_lag: Gauge,
 }
 
 /// How what is missing is made.
@@ -85,6 +100,7 @@ impl Keeper {
             layout: layout.clone(),
             metrics: Metrics::register(registry),
             missing_since: BTreeMap::new(),
+            mirror_stands: None,
             troubles: BTreeMap::new(),
         }
     }
@@ -160,8 +176,8 @@ impl Keeper {
                 note(&name, what, why);
             }
             match name.as_str() {
-                subject::JOURNAL_STREAM => journal = Some(info.created),
-                subject::EVENTS_STREAM => mirror = Some((info.created, made)),
+                subject::JOURNAL_STREAM => journal = Some(info),
+                subject::EVENTS_STREAM => mirror = Some((info, made)),
                 _ => {}
             }
         }
@@ -171,16 +187,10 @@ impl Keeper {
             let labels = Labels { part: "bus".to_owned(), what: "takes_nothing" };
             found.insert(labels, format!("nats-server answers, and takes no write: {error}; {DISK}"));
         }
-        // A mirror goes on from where it is: it would leave out what a younger journal has up to there.
-        if let (Some(journal), Some((created, made))) = (journal, mirror)
-            && created < journal
+        if let (Some(journal), Some((mirror, made))) = (journal, mirror)
+            && let Some((what, why)) = self.wrong_with_mirror(&journal, &mirror, made).await
         {
-            let became = match self.make_mirror_anew(made).await {
-                Ok(()) => "it is made anew".to_owned(),
-                Err(error) => format!("it can't be made anew now: {error}"),
-            };
-            let why = format!("it mirrors a journal that is gone: {became}");
-            found.insert(Labels { part: subject::EVENTS_STREAM.to_owned(), what: "outlived_journal" }, why);
+            found.insert(Labels { part: subject::EVENTS_STREAM.to_owned(), what }, why);
         }
         self.tell(found);
     }
@@ -204,6 +214,62 @@ impl Keeper {
             Made::Bucket(config) => {
                 self.bus.call(KEEP, self.bus.js.create_or_update_key_value(*config)).await.map(|_| ())
             }
+        }
+    }
+
+    /// What other subscribers would notice, mended where it can be.
+    async fn wrong_with_mirror(
+        &mut self,
+        journal: &Info,
+        mirror: &Info,
+        made: Made,
+    ) -> Option<(&'static str, String)> {
+        // It goes on from where it is: it would leave out what a younger journal has up to there.
+        if mirror.created < journal.created {
+            let became = match self.make_mirror_anew(made).await {
+                Ok(()) => "it is made anew".to_owned(),
+                Err(error) => format!("it can't be made anew now: {error}"),
+            };
+            return Some(("outlived_journal", format!("it mirrors a journal that is gone: {became}")));
+        }
+        let last_sequence = mirror.state.last_sequence;
+        let lag = journal.state.last_sequence.saturating_sub(last_sequence);
+        self.metrics.mirror_lag.set(i64::try_from(lag).unwrap_or(i64::MAX));
+        if lag == 0 {
+            self.mirror_stands = None;
+            return None;
+        }
+        let leader = mirror.cluster.as_ref().and_then(|cluster| cluster.leader.clone());
+        let as_before = self
+            .mirror_stands
+            .as_ref()
+            .filter(|stands| stands.last_sequence == last_sequence && stands.leader == leader);
+        let Some(stands) = as_before else {
+            self.mirror_stands = Some(Standing { last_sequence, leader, since: Instant::now() });
+            return None;
+        };
+        if stands.since.elapsed() < MIRROR_STANDS {
+            return None;
+        }
+        let why = format!("it is {lag} events behind {} and takes none", subject::JOURNAL_STREAM);
+        if leader.is_none() {
+            return Some(("stands_still", why));
+        }
+        // Another process may have been quicker; its next leader, if there is one, has as long again.
+        self.mirror_stands = None;
+        let became = match self.step_down(subject::EVENTS_STREAM).await {
+            Ok(()) => "another of its servers goes on with it".to_owned(),
+            Err(error) => format!("its leader can't be changed now: {error}"),
+        };
+        Some(("stands_still", format!("{why}: {became}")))
+    }
+
+    async fn step_down(&self, stream: &str) -> Result<(), BusError> {
+        let asked: Response<serde_json::Value> =
+            self.bus.call(KEEP, self.bus.js.request(format!("{STEP_DOWN}.{stream}"), &())).await?;
+        match asked {
+            Response::Ok(_) => Ok(()),
+            Response::Err { error } => Err(BusError::unavailable(KEEP, error.to_string())),
         }
     }
 
@@ -255,6 +321,11 @@ impl Metrics {
         registry.register("troubles", "Troubles of the bus that began", metrics.troubles.clone());
         registry.register("stream_bytes", "Bytes that a stream holds", metrics.bytes.clone());
         registry.register("stream_limit_bytes", "Bytes that a stream may hold", metrics.limit.clone());
+        registry.register(
+            "mirror_lag",
+            "Events of the journal that KILN_EVENTS does not have yet",
+            metrics.mirror_lag.clone(),
+        );
         metrics
     }
 

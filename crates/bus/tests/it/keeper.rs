@@ -91,6 +91,37 @@ async fn what_was_deleted_by_hand_is_made_again_and_said_once() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_mirror_that_stands_still_is_shown_and_gets_another_leader() -> Result<()> {
+    let cluster = nats::run_cluster(3).await?;
+    let bus = connect(&cluster.url()).await?;
+    let hand = jetstream::new(async_nats::connect(cluster.url()).await?);
+    // One that never takes anything: what nats-server does after a change of leader can't be brought about at will.
+    let deaf = jetstream::stream::Config {
+        name: subject::EVENTS_STREAM.into(),
+        subjects: vec!["deaf".into()],
+        num_replicas: 3,
+        ..Default::default()
+    };
+    bus.provision(&layout(3)).await?;
+    hand.delete_stream(subject::EVENTS_STREAM).await?;
+    hand.create_stream(deaf).await?;
+    let first = cluster.leader_of(subject::EVENTS_STREAM).await?;
+    let journal = Journal::open(&bus).await?;
+    let record = records::queued("x", [1; 10])?;
+    journal.append(None, &Change::Queued(Box::new(record)), &instance(1)?).await?;
+    let keeper = keeper(&bus, &layout(3));
+    keeper.shows("kiln_bus_mirror_lag 1").await?;
+    let stands = format!("kiln_bus_trouble{{part=\"{}\",what=\"stands_still\"}} 1", subject::EVENTS_STREAM);
+    keeper.shows(&stands).await?;
+    let changed = async {
+        while cluster.leader_of(subject::EVENTS_STREAM).await.ok().is_none_or(|leader| leader == first) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(SOON, changed).await.context("its leader stays")
+}
+
+#[tokio::test]
 async fn a_full_journal_is_shown_and_names_itself() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = connect(&server.url()).await?;

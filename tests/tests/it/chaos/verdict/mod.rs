@@ -6,12 +6,14 @@ mod leftovers;
 mod logs;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use anyhow::Result;
 use kiln_contract::subject;
 use kiln_domain::id::{BuildId, RunId};
 use kiln_domain::record::Record;
 use kiln_testkit::streams::{self, Event};
+use tokio::time::{Instant, sleep};
 
 pub(super) use self::leftovers::cleaned_up;
 
@@ -20,6 +22,9 @@ use super::faults::Done;
 use super::plan::Plan;
 use super::sources::SECRET_BEGINS;
 use super::world::World;
+
+/// How long other subscribers may have to wait for the last events.
+const MIRRORED: Duration = Duration::from_secs(60);
 
 /// What is known after a run.
 pub(super) struct Evidence<'a> {
@@ -77,14 +82,24 @@ impl<'a> Evidence<'a> {
         Ok(problems)
     }
 
-    /// Other subscribers see what the journal holds.
+    /// Other subscribers come to see what the journal holds. A mirror whose leader has changed may stand still until it is seen to.
     async fn mirror(&self) -> Result<Option<Problem>> {
-        let mirror = streams::events(self.world.nodes_url(), subject::EVENTS_STREAM).await?;
-        let (journal, mirror) = (self.events.iter().map(|event| event.sequence), mirror);
-        let seen: BTreeSet<_> = mirror.iter().map(|event| event.sequence).collect();
-        let missing: Vec<_> = journal.filter(|sequence| !seen.contains(sequence)).collect();
-        Ok((!missing.is_empty() || seen.len() != self.events.len())
-            .then(|| Problem::new(format!("the mirror of {} events lacks {missing:?}", self.events.len()))))
+        let journal: BTreeSet<_> = self.events.iter().map(|event| event.sequence).collect();
+        let since = Instant::now();
+        loop {
+            let mirror = streams::events(self.world.nodes_url(), subject::EVENTS_STREAM).await?;
+            let mirror: BTreeSet<_> = mirror.iter().map(|event| event.sequence).collect();
+            if mirror == journal {
+                eprintln!("chaos: the mirror has it all after {:?}", since.elapsed());
+                return Ok(None);
+            }
+            if since.elapsed() > MIRRORED {
+                let missing: Vec<_> = journal.difference(&mirror).collect();
+                let text = format!("the mirror of {} events lacks {missing:?}", journal.len());
+                return Ok(Some(Problem::new(text)));
+            }
+            sleep(Duration::from_secs(1)).await;
+        }
     }
 
     /// No secret is in the journal, nor in what the roles said. (Logs are compared with what they must be.)
