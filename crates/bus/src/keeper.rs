@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use async_nats::jetstream::response::Response;
-use async_nats::jetstream::stream::{DiscardPolicy, Info};
+use async_nats::jetstream::stream::{DiscardPolicy, Info, StorageType};
 use async_nats::jetstream::{self, context::GetStreamErrorKind, kv, stream};
 use futures::StreamExt as _;
 use kiln_contract::{bucket, subject};
@@ -27,6 +27,7 @@ const LOOK: Duration = Duration::from_secs(5);
 /// How soon it looks again at what was missing.
 const LOOK_AT_MISSING: Duration = Duration::from_secs(1);
 const MISSING: &str = "missing";
+const IN_MEMORY: &str = "it is kept in memory, and nats-server was started anew or somebody deleted it";
 /// How long a stream must have been missing before it is made again. nats-server 2.15 tells of a deletion before it has removed
 /// the stream's folder: one that is made at that moment loses its own, and takes nothing until the server is restarted.
 const MADE_AGAIN_AFTER: Duration = Duration::from_secs(3);
@@ -84,6 +85,8 @@ struct Metrics {
     bytes: Family<StreamLabels, Gauge>,
     limit: Family<StreamLabels, Gauge>,
     mirror_lag: Gauge,
+    max_age: Family<StreamLabels, Gauge>,
+    subjects: Family<StreamLabels, Gauge>,
 }
 
 /// How what is missing is made.
@@ -148,6 +151,20 @@ impl Keeper {
                 Ok(Ok(stream)) => {
                     self.missing_since.remove(&name);
                     stream.cached_info().clone()
+                }
+                Ok(Err(error)) if is_missing(&error.kind()) && wanted.storage == StorageType::Memory => {
+                    // Nothing is wrong: nobody needs what is kept so.
+                    match self.make(made).await {
+                        Ok(()) => tracing::info!(bus.part = name, "{name}: {IN_MEMORY}: it is made again"),
+                        Err(error) => {
+                            note(
+                                &name,
+                                MISSING,
+                                format!("{IN_MEMORY}, and can't be made again now: {error}"),
+                            );
+                        }
+                    }
+                    continue;
                 }
                 Ok(Err(error)) if is_missing(&error.kind()) => {
                     let since = *self.missing_since.entry(name.clone()).or_insert_with(Instant::now);
@@ -326,14 +343,29 @@ impl Metrics {
             "Events of the journal that KILN_EVENTS does not have yet",
             metrics.mirror_lag.clone(),
         );
+        registry.register(
+            "stream_max_age_seconds",
+            "The age at which a message is removed",
+            metrics.max_age.clone(),
+        );
+        registry.register(
+            "stream_subjects",
+            "Subjects of which a stream holds a message: of the log stream, the builds with a log",
+            metrics.subjects.clone(),
+        );
         metrics
     }
 
     fn size(&self, info: &Info) {
         let labels = StreamLabels { stream: info.config.name.clone() };
-        self.bytes.get_or_create(&labels).set(i64::try_from(info.state.bytes).unwrap_or(i64::MAX));
+        let shown = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        self.bytes.get_or_create(&labels).set(shown(info.state.bytes));
+        self.subjects.get_or_create(&labels).set(shown(info.state.subjects_count));
         if info.config.max_bytes > 0 {
             self.limit.get_or_create(&labels).set(info.config.max_bytes);
+        }
+        if !info.config.max_age.is_zero() {
+            self.max_age.get_or_create(&labels).set(shown(info.config.max_age.as_secs()));
         }
     }
 }

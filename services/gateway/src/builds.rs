@@ -294,17 +294,10 @@ impl BuildsApi {
         Ok(self.shown(&entry).await)
     }
 
-    /// A build's last event: from the view, or, before NOT_FOUND, from the journal's leader.
+    /// A build's last event, or NOT_FOUND.
     pub(crate) async fn entry(&self, id: &BuildId) -> Result<Entry, Status> {
-        self.find(id).await?.ok_or_else(|| not_found(id))
-    }
-
-    async fn find(&self, id: &BuildId) -> Result<Option<Entry>, Status> {
-        self.cuts.presence.check().await.map_err(status::of_bus)?;
-        if let Some(entry) = self.view.get(id) {
-            return Ok(Some((*entry).clone()));
-        }
-        self.journal.last_of_build(id).await.map_err(status::of_bus)
+        let known = self.build_logs.last_event(id).await.map_err(status::of_bus)?;
+        known.ok_or_else(|| status::of_read(ReadError::UnknownBuild { id: id.clone() }))
     }
 
     /// A build with what the bus knows of it besides its record.
@@ -315,8 +308,4 @@ impl BuildsApi {
         };
         convert::build(entry, self.queue.ahead(entry), progress.as_ref())
     }
-}
-
-fn not_found(id: &BuildId) -> Status {
-    status::of_read(ReadError::UnknownBuild { id: id.clone() })
 }

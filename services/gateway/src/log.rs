@@ -82,14 +82,19 @@ impl BuildLogs {
         self.view.get(id).map(|entry| entry.record.state)
     }
 
+    /// A build's last event: from the view, or, before it is called unknown, from the journal's leader.
+    pub(crate) async fn last_event(&self, id: &BuildId) -> Result<Option<Entry>, BusError> {
+        self.cuts.presence.check().await?;
+        match self.view.get(id) {
+            Some(entry) => Ok(Some((*entry).clone())),
+            None => self.journal.last_of_build(id).await,
+        }
+    }
+
     /// The build whose log is to be read; `None` where only its log is left: logs and records are kept for different
     /// times.
     async fn find(&self, id: &BuildId) -> Result<Option<Entry>, ReadError> {
-        self.cuts.presence.check().await?;
-        if let Some(entry) = self.view.get(id) {
-            return Ok(Some((*entry).clone()));
-        }
-        if let Some(entry) = self.journal.last_of_build(id).await? {
+        if let Some(entry) = self.last_event(id).await? {
             return Ok(Some(entry));
         }
         match self.logs.tail(id).await? {

@@ -66,7 +66,7 @@ pub async fn run(
     let problems = config.problems();
     anyhow::ensure!(problems.is_empty(), "the log-relay's configuration is wrong: {}", problems.join("; "));
     let Parts { bus, engine, open_key, life, lease, metrics: mut registry } = parts;
-    let metrics = Metrics::register(&mut registry);
+    let metrics = Metrics::register(&mut registry, config.max_log_bytes);
     let (tasks, ended) = (TaskTracker::new(), CancellationToken::new());
     let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
     let holders = Holders::start(&bus, ROLE, &life, engine.host().as_deref(), lease, &tasks)

@@ -1,6 +1,5 @@
 //! What a log-relay counts.
 
-use kiln_bus::logs::Kept;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -8,7 +7,7 @@ use prometheus_client::registry::Registry;
 /// The log-relay's metrics; clones share them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Metrics {
-    pub(crate) writing: Gauge,
+    writing: Gauge,
     pub(crate) bytes: Counter,
     pub(crate) chunks: Counter,
     pub(crate) completed: Counter,
@@ -17,15 +16,24 @@ pub(crate) struct Metrics {
     pub(crate) limited: Counter,
     pub(crate) emptied: Counter,
     pub(crate) unfinished: Counter,
-    pub(crate) kept_bytes: Gauge,
-    pub(crate) max_bytes: Gauge,
-    pub(crate) max_age_seconds: Gauge,
-    pub(crate) kept_logs: Gauge,
+}
+
+/// A log that this relay writes, until it is dropped: also where its task is aborted.
+pub(crate) struct Writing(Gauge);
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
 }
 
 impl Metrics {
-    pub(crate) fn register(registry: &mut Registry) -> Self {
+    /// `max_log_bytes` is the setting, which is shown beside what is counted.
+    pub(crate) fn register(registry: &mut Registry, max_log_bytes: u64) -> Self {
         let metrics = Self::default();
+        let limit = Gauge::<i64>::default();
+        limit.set(i64::try_from(max_log_bytes).unwrap_or(i64::MAX));
+        registry.register("max_log_bytes", "Bytes that the log of one build may have", limit);
         registry.register("logs_writing", "Logs that this relay writes now", metrics.writing.clone());
         registry.register("log_bytes", "Bytes appended to logs", metrics.bytes.clone());
         registry.register("log_chunks", "Messages appended to logs", metrics.chunks.clone());
@@ -51,30 +59,12 @@ impl Metrics {
             "Outputs whose end could not be read",
             metrics.unfinished.clone(),
         );
-        registry.register(
-            "stream_bytes",
-            "Bytes that the stream of all logs takes",
-            metrics.kept_bytes.clone(),
-        );
-        registry.register(
-            "stream_max_bytes",
-            "Bytes at which the stream drops what is oldest",
-            metrics.max_bytes.clone(),
-        );
-        registry.register(
-            "stream_max_age_seconds",
-            "The age at which a byte of a log is removed",
-            metrics.max_age_seconds.clone(),
-        );
-        registry.register("stream_logs", "Builds of which the stream has a log", metrics.kept_logs.clone());
         metrics
     }
 
-    pub(crate) fn keep(&self, kept: Kept) {
-        let shown = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
-        self.kept_bytes.set(shown(kept.bytes));
-        self.max_bytes.set(shown(kept.max_bytes));
-        self.max_age_seconds.set(shown(kept.max_age.as_secs()));
-        self.kept_logs.set(shown(kept.logs));
+    /// Counts a log as written as long as what is returned lives.
+    pub(crate) fn writing(&self) -> Writing {
+        self.writing.inc();
+        Writing(self.writing.clone())
     }
 }

@@ -84,10 +84,9 @@ pub(crate) async fn tend(
         shared.metrics.taken_over.inc();
         tracing::info!(build.id = %id, "took over the log of {id} at byte {}", writer.end());
     }
-    shared.metrics.writing.inc();
-    let written = write(shared, id, writer, entries).await;
-    shared.metrics.writing.dec();
-    written?;
+    let writing = shared.metrics.writing();
+    write(shared, id, writer, entries).await?;
+    drop(writing);
     shared.metrics.completed.inc();
     Ok(Left::Complete)
 }

@@ -85,10 +85,7 @@ impl Relays {
                     }
                     self.take_over();
                 }
-                _ = sweep.tick() => {
-                    self.sweep().await;
-                    self.measure().await;
-                }
+                _ = sweep.tick() => self.sweep().await,
             }
         }
         self.drop_all().await;
@@ -219,14 +216,6 @@ impl Relays {
                 Ok(None) => {}
                 Err(error) => tracing::warn!(build.id = %id, "the build {id} can't be read: {error}"),
             }
-        }
-    }
-
-    /// How much of its room the stream has filled, for /metrics.
-    async fn measure(&self) {
-        match self.shared.logs.kept().await {
-            Ok(kept) => self.shared.metrics.keep(kept),
-            Err(error) => tracing::warn!("the stream of logs can't be measured: {error}"),
         }
     }
 

@@ -36,16 +36,6 @@ pub struct LogInfo {
     pub max_age: Duration,
 }
 
-/// What there is of all logs, and how much there may be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Kept {
-    pub bytes: u64,
-    pub max_bytes: u64,
-    pub max_age: Duration,
-    /// Builds with a log.
-    pub logs: u64,
-}
-
 impl Logs {
     /// What there is of a log, from the stream's leader. `None` where nothing is: nobody has claimed it yet, or retention has
     /// removed all of it. A bus that is away is waited for, half a minute.
@@ -72,18 +62,6 @@ impl Logs {
             stored: ends.stored,
             max_age: config.max_age,
         }))
-    }
-
-    /// What there is of all logs.
-    pub async fn kept(&self) -> Result<Kept, BusError> {
-        let info = self.stream().await?.get_info().await;
-        let info = info.map_err(|error| BusError::unavailable(READ, error))?;
-        Ok(Kept {
-            bytes: info.state.bytes,
-            max_bytes: u64::try_from(info.config.max_bytes).unwrap_or(u64::MAX),
-            max_age: info.config.max_age,
-            logs: info.state.subjects_count,
-        })
     }
 
     async fn ends(&self, id: &BuildId) -> Result<Option<Ends>, BusError> {

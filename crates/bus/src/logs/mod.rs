@@ -26,7 +26,7 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 pub use self::append::{AppendError, LogWriter};
-pub use self::info::{Extent, Kept, LogInfo};
+pub use self::info::{Extent, LogInfo};
 pub use self::read::{Chunk, Start, Until};
 
 use self::live::Live;

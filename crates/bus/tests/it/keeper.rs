@@ -37,13 +37,18 @@ fn keeper(bus: &Bus, layout: &Layout) -> AtWork {
 }
 
 impl AtWork {
+    fn text(&self) -> Result<String> {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode_registry(&mut text, &self.registry)?;
+        Ok(text)
+    }
+
     /// Waits until a line of its metrics is as said.
     async fn shows(&self, line: &str) -> Result<()> {
         let mut text = String::new();
         let look = async {
             loop {
-                text.clear();
-                prometheus_client::encoding::text::encode_registry(&mut text, &self.registry)?;
+                text = self.text()?;
                 if text.lines().any(|shown| shown == line) {
                     return anyhow::Ok(());
                 }
@@ -67,7 +72,7 @@ async fn what_was_deleted_by_hand_is_made_again_and_said_once() -> Result<()> {
     let keeper = keeper(&bus, &layout(1));
     let hand = by_hand(&server).await?;
     let secrets_stream = format!("KV_{}", bucket::SECRETS);
-    for stream in [subject::JOURNAL_STREAM, subject::LOGS_STREAM, subject::PROGRESS_STREAM, &secrets_stream] {
+    for stream in [subject::JOURNAL_STREAM, subject::LOGS_STREAM, &secrets_stream] {
         hand.delete_stream(stream).await?;
         keeper.shows(&format!("kiln_bus_troubles_total{{part=\"{stream}\",what=\"missing\"}} 1")).await?;
         keeper.shows(&format!("kiln_bus_trouble{{part=\"{stream}\",what=\"missing\"}} 0")).await?;
@@ -119,6 +124,56 @@ async fn a_mirror_that_stands_still_is_shown_and_gets_another_leader() -> Result
         }
     };
     tokio::time::timeout(SOON, changed).await.context("its leader stays")
+}
+
+#[tokio::test]
+async fn what_a_restart_empties_is_made_again_and_is_no_trouble() -> Result<()> {
+    let mut server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let keeper = keeper(&bus, &layout(1));
+    let steps =
+        |count| format!("kiln_bus_stream_subjects{{stream=\"{}\"}} {count}", subject::PROGRESS_STREAM);
+    keeper.shows(&steps(0)).await?;
+    server.kill();
+    server.start_again().await?;
+    let there = async {
+        loop {
+            if let Ok(hand) = by_hand(&server).await
+                && hand.get_stream(subject::PROGRESS_STREAM).await.is_ok()
+            {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(SOON, there).await.context("it is not made again")?;
+    // What the keeper makes of it is told before it looks at it next.
+    let told = subject::progress(&records::queued("x", [1; 10])?.id);
+    by_hand(&server).await?.publish(told, "".into()).await?.await?;
+    keeper.shows(&steps(1)).await?;
+    let told = keeper.text()?;
+    ensure!(!told.contains("what=\"missing\""), "{told}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_streams_hold_and_may_hold_is_shown() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = connect(&server.url()).await?;
+    let chosen = Layout { logs_max_bytes: 5 << 20, logs_max_age: Duration::from_secs(7_200), ..layout(1) };
+    bus.provision(&chosen).await?;
+    let logs = kiln_bus::logs::Logs::new(&bus);
+    for n in 1..=3 {
+        let id = records::queued("x", [n; 10])?.id;
+        logs.claim(&id, &instance(1)?, None).await?;
+    }
+    let keeper = keeper(&bus, &chosen);
+    for (name, value) in [("limit_bytes", 5 << 20), ("max_age_seconds", 7_200), ("subjects", 3)] {
+        keeper
+            .shows(&format!("kiln_bus_stream_{name}{{stream=\"{}\"}} {value}", subject::LOGS_STREAM))
+            .await?;
+    }
+    Ok(())
 }
 
 #[tokio::test]

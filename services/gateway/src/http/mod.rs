@@ -34,7 +34,7 @@ pub(crate) fn routes(grpc: Routes, logs: BuildLogs, metrics: &mut Registry) -> R
     let answered = Answered::default();
     metrics.register("http_requests", "Requests for logs over HTTP, by method and status", answered.clone());
     let ours = Router::new()
-        .route("/v1/builds/{id}/log", get(log::read))
+        .route("/v1/builds/{id}/log", get(log::read).fallback(other_method))
         .with_state(logs)
         .layer(middleware::from_fn_with_state(answered, count));
     grpc.into_axum_router().fallback(unknown).merge(ours).into()
@@ -51,6 +51,12 @@ async fn count(State(answered): State<Answered>, request: Request, next: Next) -
     let answer = next.run(request).await;
     answered.get_or_create(&Labels { method, status: answer.status().as_u16() }).inc();
     answer
+}
+
+/// The router adds the header that says which methods there are.
+async fn other_method(method: Method) -> Problem {
+    let detail = format!("a log is read by GET or HEAD, not by {method}");
+    Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", detail)
 }
 
 /// A gRPC client is answered in gRPC's words, all others in HTTP's.

@@ -142,8 +142,8 @@ async fn what_can_not_be_read_is_said_with_its_reason() -> Result<()> {
     let events = bed.get(&path).header("accept", "text/event-stream").header("last-event-id", "x");
     said(events, 400, "invalid-request", "Last-Event-ID: ").await?;
     said(bed.get("/v1/builds"), 404, "unknown-path", "/log").await?;
-    let posted = bed.post(&path).send().await?;
-    assert_eq!(posted.status(), StatusCode::METHOD_NOT_ALLOWED);
+    said(bed.post(&path), 405, "method-not-allowed", "GET or HEAD").await?;
+    assert_eq!(header(&bed.post(&path).send().await?, "allow"), "GET,HEAD");
 
     // The record is kept longer than the log.
     let mut past = bed.build(2).await?;

@@ -18,8 +18,10 @@ use super::failure::Failure;
 
 const READING: &str = "reading the log";
 const WATCHING: &str = "watching the build";
-/// With the delays below a gateway may be away for about half a minute.
+/// With the delays below a gateway may be away for about half a minute, for who follows.
 const TRIES: usize = 10;
+/// Who wants what there is now doesn't wait for what may come: some five seconds.
+const TRIES_NOW: usize = 5;
 const FIRST_DELAY: Duration = Duration::from_millis(100);
 const LONGEST_DELAY: Duration = Duration::from_secs(5);
 /// A stream that held so long was a good one: tries begin anew.
@@ -65,7 +67,7 @@ pub(super) fn log(gateway: &Gateway, id: &str, start: Start, follow: bool) -> Re
         follow,
         cursor: Cursor { next: None },
         open: None,
-        patience: Patience::new(),
+        patience: Patience::new(if follow { TRIES } else { TRIES_NOW }),
         ended: false,
     };
     Box::pin(stream::unfold(
@@ -81,7 +83,7 @@ pub(super) fn watch(gateway: &Gateway, id: &str) -> Resumed<Build> {
         id: id.to_owned(),
         revision: 0,
         open: None,
-        patience: Patience::new(),
+        patience: Patience::new(TRIES),
         ended: false,
     };
     Box::pin(stream::unfold(watcher, |mut watcher| async move {
@@ -236,19 +238,20 @@ impl Cursor {
 
 /// How often, and how soon, a broken stream is asked for again.
 struct Patience {
+    tries: usize,
     delays: ExponentialBackoff,
     pause: Option<Duration>,
     opened: Option<Instant>,
 }
 
 impl Patience {
-    fn new() -> Self {
-        Self { delays: delays(), pause: None, opened: None }
+    fn new(tries: usize) -> Self {
+        Self { tries, delays: delays(tries), pause: None, opened: None }
     }
 
     /// There was news.
     fn renew(&mut self) {
-        self.delays = delays();
+        self.delays = delays(self.tries);
     }
 
     fn opened(&mut self) {
@@ -274,11 +277,11 @@ impl Patience {
     }
 }
 
-fn delays() -> ExponentialBackoff {
+fn delays(tries: usize) -> ExponentialBackoff {
     ExponentialBuilder::new()
         .with_min_delay(FIRST_DELAY)
         .with_max_delay(LONGEST_DELAY)
-        .with_max_times(TRIES)
+        .with_max_times(tries)
         .with_jitter()
         .build()
 }
@@ -319,7 +322,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn patience_ends_and_is_renewed_by_news_or_a_stream_that_held() {
         let unavailable = || Failure::rpc(READING, tonic::Status::unavailable("x"));
-        let mut patience = Patience::new();
+        let mut patience = Patience::new(TRIES);
         for _ in 0..TRIES {
             assert!(patience.broken(unavailable()).is_ok());
             patience.pause().await;
@@ -336,6 +339,6 @@ mod tests {
         }
         assert!(patience.broken(unavailable()).is_err());
         let refused = Failure::rpc(READING, tonic::Status::out_of_range("x"));
-        assert!(Patience::new().broken(refused).is_err());
+        assert!(Patience::new(TRIES).broken(refused).is_err());
     }
 }

@@ -44,6 +44,7 @@ pub(crate) struct Relay {
     stop: CancellationToken,
     life: String,
     ended: tokio::sync::oneshot::Receiver<Result<()>>,
+    metrics: Registry,
 }
 
 /// One build, as its orchestrator tells of it.
@@ -117,12 +118,15 @@ impl Bed {
                     lease: Lease::default(),
                     metrics: Registry::default(),
                 };
-                kiln_log_relay::run(config, parts, |_| is_ready.send(()).unwrap_or_default(), stopped).await
+                let ready = |metrics| {
+                    let _ = is_ready.send(metrics);
+                };
+                kiln_log_relay::run(config, parts, ready, stopped).await
             };
             let _ = tell.send(run.await);
         });
-        let relay = Relay { runtime: Some(runtime), stop, life, ended };
-        tokio::time::timeout(LONG, ready).await.context("the relay is not ready")??;
+        let mut relay = Relay { runtime: Some(runtime), stop, life, ended, metrics: Registry::default() };
+        relay.metrics = tokio::time::timeout(LONG, ready).await.context("the relay is not ready")??;
         Ok(relay)
     }
 
@@ -177,6 +181,21 @@ impl Bed {
 }
 
 impl Relay {
+    /// Waits until a line of its metrics is as said.
+    pub(crate) async fn shows(&self, line: &str) -> Result<()> {
+        let look = async {
+            loop {
+                let mut text = String::new();
+                prometheus_client::encoding::text::encode(&mut text, &self.metrics)?;
+                if text.lines().any(|shown| shown == line) {
+                    return anyhow::Ok(());
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(LONG, look).await.with_context(|| format!("no `{line}`"))?
+    }
+
     /// As by SIGKILL, and its lease has lapsed.
     pub(crate) async fn kill(mut self, bed: &Bed) -> Result<()> {
         self.runtime.take().context("killed twice")?.shutdown_background();

@@ -213,6 +213,20 @@ async fn a_log_whose_stream_is_deleted_goes_on_and_says_what_is_lost() -> Result
 }
 
 #[tokio::test]
+async fn a_log_that_is_left_counts_as_written_no_more() -> Result<()> {
+    let bed = Bed::new().await?;
+    let relay = bed.relay("a").await?;
+    let mut play = bed.build(1, SECRET).await?;
+    play.start().await?;
+    relay.shows("logs_writing 1").await?;
+    relay.shows("max_log_bytes 67108864").await?;
+    // The relay drops the tasks of builds that the journal doesn't know any more.
+    bed.server.as_ref().context("a server")?.delete_stream(subject::JOURNAL_STREAM).await?;
+    bed.provision().await?;
+    relay.shows("logs_writing 0").await
+}
+
+#[tokio::test]
 async fn the_running_step_is_told() -> Result<()> {
     let bed = Bed::new().await?;
     let _relay = bed.relay("a").await?;

@@ -32,6 +32,8 @@ pub(super) struct Script {
     pub(super) written: watch::Sender<usize>,
     /// The first byte that retention kept.
     pub(super) kept_from: u64,
+    /// It has no bus.
+    pub(super) away: bool,
     /// No byte of the log was kept.
     pub(super) lost: bool,
     /// So often a log's stream breaks off.
@@ -52,6 +54,7 @@ impl Script {
             log: Vec::new(),
             written: watch::Sender::new(usize::MAX),
             kept_from: 0,
+            away: false,
             lost: false,
             breaks: Mutex::new(0),
             answer: Mutex::default(),
@@ -171,6 +174,9 @@ impl Builds for Scripted {
     ) -> Result<Response<Self::BuildLogsStream>, Status> {
         let request = request.into_inner();
         let script = self.0.clone();
+        if script.away {
+            return Err(Status::unavailable("the bus does not answer"));
+        }
         if script.lost {
             return Err(Status::not_found("the log is gone"));
         }

@@ -91,6 +91,20 @@ async fn a_log_from_a_place() {
 }
 
 #[tokio::test]
+async fn who_wants_what_is_there_is_told_soon_that_nothing_can_be_had() {
+    let mut script = Script::new(3);
+    script.away = true;
+    let gateway = Gateway::start(script).await;
+    let ended = run(&gateway, &["logs", ID]).await;
+    assert_eq!((ended.code, ended.text()), (Some(3), ""));
+    let said: Vec<_> = ended.stderr.lines().collect();
+    let why = "kiln: reading the log: the service isn't able now, try again later: the bus does not answer";
+    assert_eq!(said.last(), Some(&why));
+    // Six tries in all, each of which says why.
+    assert_eq!(said, [[format!("{why}; trying again").as_str(); 5].as_slice(), &[why]].concat());
+}
+
+#[tokio::test]
 async fn whoever_stops_reading_ends_it_quietly() {
     let mut script = Script::new(2);
     script.log = noise(4_000_000, 2);
