@@ -23,6 +23,7 @@ mod resolve;
 mod retry;
 mod token;
 mod tokens;
+mod trust;
 
 use std::io;
 

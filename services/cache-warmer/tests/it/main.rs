@@ -79,7 +79,7 @@ impl Resolver {
         if reference.starts_with("r.io/missing") {
             return Err(Refusal::new(Code::NotFound, "cannot resolve image: there is none"));
         }
-        Ok(ResolvedImage { reference, stale: false, age_ms: age.as_millis() as u64 })
+        Ok(ResolvedImage { reference, age_ms: age.as_millis() as u64, ..Default::default() })
     }
 
     /// Waits until it was asked so, and returns how.
