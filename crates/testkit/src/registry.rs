@@ -207,6 +207,7 @@ impl DockerRegistry {
             "architecture": architecture,
             "variant": variant,
             "config": {},
+            "history": [{"created_by": "testkit"}],
             "rootfs": {"type": "layers", "diff_ids": [Digest::of(&layer)]},
         });
         remove_nulls(&mut config);

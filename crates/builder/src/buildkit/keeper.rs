@@ -198,10 +198,9 @@ fn configuration(place: &Place, settings: &Settings) -> String {
     let mut registries = settings.registries.clone();
     registries.plain(settings.buildkit.plain_http.iter().cloned());
     for (registry, reach) in registries.iter() {
-        configuration.push_str(&format!("[registry.{}]\n", text(registry)));
-        if registries.is_plain(registry) {
-            configuration.push_str("http = true\n");
-        }
+        // Said in any case: BuildKit takes loopback for plain, whatever certificates are named for it.
+        let plain = registries.is_plain(registry);
+        configuration.push_str(&format!("[registry.{}]\nhttp = {plain}\n", text(registry)));
         if !reach.mirrors.is_empty() {
             configuration.push_str(&format!("mirrors = {}\n", serde_json::json!(reach.mirrors)));
         }
@@ -239,8 +238,8 @@ mod tests {
             "address = [\"unix:///data/layers/buildkit/buildkitd.sock\"]\n",
             "maxUsedSpace = 7000000\n",
             "[registry.\"registry.test:5000\"]\nhttp = true\n",
-            "[registry.\"docker.io\"]\nmirrors = [\"m.test/hub\"]\n",
-            "[registry.\"tls.test\"]\nca = [\"/ca\"]\n[[registry.\"tls.test\".keypair]]\nkey = \"/k\"\ncert = \"/c\"\n",
+            "[registry.\"docker.io\"]\nhttp = false\nmirrors = [\"m.test/hub\"]\n",
+            "[registry.\"tls.test\"]\nhttp = false\nca = [\"/ca\"]\n[[registry.\"tls.test\".keypair]]\nkey = \"/k\"\ncert = \"/c\"\n",
         ] {
             assert!(told.contains(part), "{part} is missing in {told}");
         }

@@ -5,6 +5,7 @@ mod buildkit;
 mod buildkit_daemon;
 mod builds;
 mod credentials;
+mod mirrors;
 mod registries;
 mod run;
 mod stops;
