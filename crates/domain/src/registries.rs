@@ -133,7 +133,7 @@ fn without_port(registry: &str) -> &str {
 /// 127.0.0.0/8, `localhost` and `[::1]`, with or without a port.
 fn is_loopback(registry: &str) -> bool {
     let host = without_port(registry);
-    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<core::net::IpAddr>();
     host == "localhost" || address.is_ok_and(|address| address.is_loopback())
 }
 

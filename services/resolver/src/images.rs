@@ -298,8 +298,9 @@ impl Images {
         match self.ask_registry(wanted, known.as_ref()).await {
             Ok(answer) => {
                 self.missing.invalidate(key).await;
+                let from = if answer.mirror.is_empty() { From::Registry } else { From::Mirror };
                 let newest = self.answers.keep(key, answer).await;
-                self.metrics.image_answered(From::Registry);
+                self.metrics.image_answered(from);
                 Ok(Resolved::of(newest, false))
             }
             Err(error) if error.cannot_be_asked() => match known {
