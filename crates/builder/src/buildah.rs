@@ -62,11 +62,7 @@ impl Buildah {
     ) -> std::io::Result<Self> {
         std::fs::create_dir_all(work.join("hooks"))?;
         write_private(&work.join(TO_PULL), secret_files::registry_logins(to_pull).as_bytes())?;
-        std::fs::write(work.join("registries.conf"), files::registries(ways))?;
-        std::fs::write(work.join("policy.json"), files::POLICY)?;
-        for registry in &ways.pulled_from {
-            files::trust(&trusted(work), ways.registries, registry)?;
-        }
+        tell_registries(work, ways)?;
         let buildah = Self::of(settings, work, children);
         std::fs::create_dir_all(buildah.storage().root())?;
         buildah.storage().forget_other_boots();
@@ -229,6 +225,13 @@ impl BuildTool for Buildah {
         }
         self.leftover_containers().is_empty()
     }
+}
+
+/// Writes into the work folder how the registries are reached that are pulled from.
+pub(crate) fn tell_registries(work: &Path, ways: &Ways<'_>) -> std::io::Result<()> {
+    std::fs::write(work.join("registries.conf"), files::registries(ways))?;
+    std::fs::write(work.join("policy.json"), files::POLICY)?;
+    ways.pulled_from.iter().try_for_each(|registry| files::trust(&trusted(work), ways.registries, registry))
 }
 
 /// Where buildah looks for the certificates of registries, each in a folder of its name.

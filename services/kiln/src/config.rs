@@ -252,7 +252,14 @@ impl Config {
             section("log_relay", self.log_relay.clone().unwrap_or_default().problems());
         }
         if self.cache_warmer.is_some() || needs(Role::CacheWarmer) {
-            section("cache_warmer", self.cache_warmer.clone().unwrap_or_default().problems());
+            let warmer = self.cache_warmer.clone().unwrap_or_default();
+            section("cache_warmer", warmer.problems());
+            if warmer.pull_bytes > 0 && self.engine.local().is_none() {
+                section(
+                    "cache_warmer",
+                    vec!["pull_bytes: is for the local engine, whose builds have a store here".into()],
+                );
+            }
         }
         problems
     }
