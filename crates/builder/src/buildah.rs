@@ -18,17 +18,18 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::reference::{Digest, ImageReference};
+use kiln_domain::registries::Registries;
 use kiln_domain::run_folder::Settings;
 use secrecy::SecretString;
 use tokio::process::Command;
 
 pub(crate) use self::storage::{Storage, boot_id};
-use crate::children::{Children, Show};
+use crate::children::{Children, Show, home};
 use crate::dockerfile;
 use crate::folder::write_private;
 use crate::memory::Memory;
 use crate::secret_files;
-use crate::tool::{BuildRequest, BuildTool, Built, ToolError, check_argument};
+use crate::tool::{BuildRequest, BuildTool, Built, ToolError, Ways, check_argument};
 
 /// Credentials in the work folder: those of the FROMs, and those of the push.
 const TO_PULL: &str = "auth.json";
@@ -41,30 +42,32 @@ pub(crate) struct Buildah {
     children: Children,
     secrets: BTreeMap<String, SecretString>,
     to_push: BTreeMap<String, SecretString>,
+    /// The registry that is pushed to, and how registries are reached.
+    push_trust: (String, Registries),
     no_cache: bool,
 }
 
 impl Buildah {
     /// Writes what buildah reads into the work folder.
     ///
-    /// `to_pull` and `to_push`: host → `username:password`; `plain_http`: those of the hosts that are spoken to without TLS.
+    /// `to_pull` and `to_push`: host → `username:password`.
     pub(crate) fn new(
         settings: &Settings,
         work: &Path,
         children: &Children,
         to_pull: &BTreeMap<String, SecretString>,
         to_push: BTreeMap<String, SecretString>,
-        plain_http: &[String],
+        ways: &Ways<'_>,
         secrets: &BTreeMap<String, SecretString>,
     ) -> std::io::Result<Self> {
         std::fs::create_dir_all(work.join("hooks"))?;
         write_private(&work.join(TO_PULL), secret_files::registry_logins(to_pull).as_bytes())?;
-        std::fs::write(work.join("registries.conf"), files::registries(plain_http))?;
-        std::fs::write(work.join("policy.json"), files::POLICY)?;
+        tell_registries(work, ways)?;
         let buildah = Self::of(settings, work, children);
         std::fs::create_dir_all(buildah.storage().root())?;
         buildah.storage().forget_other_boots();
-        Ok(Self { secrets: secrets.clone(), to_push, ..buildah })
+        let push_trust = (ways.pushed_to.to_owned(), ways.registries.clone());
+        Ok(Self { secrets: secrets.clone(), to_push, push_trust, ..buildah })
     }
 
     /// One that only clears what an earlier one left.
@@ -75,6 +78,7 @@ impl Buildah {
             children: children.clone(),
             secrets: BTreeMap::new(),
             to_push: BTreeMap::new(),
+            push_trust: Default::default(),
             no_cache: false,
         }
     }
@@ -177,6 +181,8 @@ impl BuildTool for Buildah {
     async fn push(&self, built: &Built, to: &ImageReference) -> Result<Digest, ToolError> {
         let digest_file = self.work.join("pushed-digest");
         // Only now, when no step can be at work that could read it.
+        let (registry, registries) = &self.push_trust;
+        files::trust(&trusted(&self.work), registries, registry).map_err(cannot_run)?;
         let credentials = self.work.join(TO_PUSH);
         write_private(&credentials, secret_files::registry_logins(&self.to_push).as_bytes())
             .map_err(cannot_run)?;
@@ -219,6 +225,18 @@ impl BuildTool for Buildah {
         }
         self.leftover_containers().is_empty()
     }
+}
+
+/// Writes into the work folder how the registries are reached that are pulled from.
+pub(crate) fn tell_registries(work: &Path, ways: &Ways<'_>) -> std::io::Result<()> {
+    std::fs::write(work.join("registries.conf"), files::registries(ways))?;
+    std::fs::write(work.join("policy.json"), files::POLICY)?;
+    ways.pulled_from.iter().try_for_each(|registry| files::trust(&trusted(work), ways.registries, registry))
+}
+
+/// Where buildah looks for the certificates of registries, each in a folder of its name.
+fn trusted(work: &Path) -> PathBuf {
+    home(work).join(".config/containers/certs.d")
 }
 
 /// What buildah would read as something else is refused by its name.

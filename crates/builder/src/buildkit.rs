@@ -21,6 +21,7 @@ use async_trait::async_trait;
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::rank::ranked;
 use kiln_domain::reference::{Digest, ImageReference};
+use kiln_domain::registries::Registries;
 use kiln_domain::run_folder::Settings;
 use kiln_registry::{Access, OciRegistry, Registry as _};
 use secrecy::SecretString;
@@ -34,7 +35,7 @@ use crate::buildkit::frontend::Frontend;
 use crate::children::{Children, Show};
 use crate::folder::write_private;
 use crate::memory::Memory;
-use crate::tool::{BuildRequest, BuildTool, Built, ToolError, check_argument};
+use crate::tool::{BuildRequest, BuildTool, Built, ToolError, Ways, check_argument};
 use crate::{programs, secret_files, target};
 
 /// How long an image's registry may be out of reach before it is BuildKit that says so.
@@ -52,6 +53,7 @@ pub(crate) struct Buildkit {
     secrets: BTreeMap<String, SecretString>,
     /// The registry that is pushed to is spoken to in plain HTTP.
     plain_push: bool,
+    registries: Registries,
     registry: OciRegistry,
     access: Access,
     lease: Option<Arc<Lease>>,
@@ -81,6 +83,7 @@ impl Buildkit {
             children: children.clone(),
             secrets: secrets.clone(),
             plain_push: false,
+            registries: Registries::default(),
             registry,
             access,
             lease,
@@ -88,9 +91,10 @@ impl Buildkit {
         })
     }
 
-    /// Sets whether the registry that is pushed to is spoken to in plain HTTP.
-    pub(crate) fn with_plain_push(self, plain_push: bool) -> Self {
-        Self { plain_push, ..self }
+    /// Sets how registries are reached, as far as that isn't the daemon's own configuration.
+    pub(crate) fn with_ways(self, ways: &Ways<'_>) -> Self {
+        let plain_push = ways.registries.is_plain(ways.pushed_to);
+        Self { plain_push, registries: ways.registries.clone(), ..self }
     }
 
     fn command(&self, address: &str) -> Command {
@@ -154,7 +158,7 @@ impl Buildkit {
             if found.iter().any(|(known, _)| known == image) {
                 continue;
             }
-            match self.registry.digest(image, &access).await {
+            match target::digest(&self.registry, &self.registries, image, &access).await {
                 Ok(Some(digest)) => found.push((image.clone(), digest)),
                 // It may be the base of a stage that isn't built: whether it is needed is BuildKit's to tell.
                 Ok(None) => {}

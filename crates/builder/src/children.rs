@@ -6,7 +6,7 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -68,6 +68,11 @@ pub(crate) struct Finished {
     pub(crate) tail: String,
 }
 
+/// The home of the children that work in `work`.
+pub(crate) fn home(work: &Path) -> PathBuf {
+    work.join("home")
+}
+
 impl Children {
     /// Makes this process the one that orphans come to.
     pub(crate) fn new(output: Output) -> io::Result<Self> {
@@ -84,7 +89,7 @@ impl Children {
         let mut command = Command::new(program);
         let passed = std::env::vars_os().filter(|(name, _)| PASSED_ON.iter().any(|passed| name == passed));
         command.env_clear().envs(passed.collect::<Vec<(OsString, OsString)>>());
-        command.env("HOME", work.join("home")).env("TMPDIR", work.join("tmp"));
+        command.env("HOME", home(work)).env("TMPDIR", work.join("tmp"));
         command.current_dir(work);
         command
     }

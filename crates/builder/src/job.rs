@@ -1,13 +1,13 @@
 //! The work of a run, from its spec to the image at the target.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::limits;
 use kiln_domain::reference::{Digest, ImageReference};
-use kiln_domain::run::{Base, Findings, RunSpec, Work};
+use kiln_domain::run::{Base, Findings, Work};
 use kiln_domain::source::DockerfileSource;
 use secrecy::SecretString;
 use tokio::time::{Duration, Instant, sleep};
@@ -19,8 +19,8 @@ use crate::choice::{Tool, choose};
 use crate::context;
 use crate::dockerfile::{self, From};
 use crate::folder::{Folder, Task};
-use crate::target::{PATIENCE, Target, registry};
-use crate::tool::{BuildRequest, BuildTool, Built, ToolError};
+use crate::target::{PATIENCE, Target, registries, registry};
+use crate::tool::{BuildRequest, BuildTool, Built, ToolError, Ways};
 
 /// How soon a registry that refuses connections is asked again.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -47,15 +47,15 @@ pub(crate) struct Progress {
 impl Job<'_> {
     /// Makes the target, and tells its digest.
     pub(crate) async fn run(&self, progress: &mut Progress) -> Result<Digest, Failure> {
-        let Task { spec, secrets, .. } = self.task;
-        let target = Target::new(self.folder, spec, secrets, self.deadline)?;
+        let Task { spec, secrets, settings } = self.task;
+        let target = Target::new(self.folder, spec, secrets, settings, self.deadline)?;
         match &spec.work {
             Work::Copy { from, platform } => {
                 let digest = from.digest();
                 let digest = if digest.is_some() { digest } else { target.digest(from).await };
                 progress.findings.bases = vec![Base { reference: limited(from.to_string()), digest }];
                 self.say(&format!("copying {from} to {}", spec.target_ref));
-                target.copy(from, platform).await
+                target.copy(from, platform, |line| self.say(line)).await
             }
             Work::Build { source, commit, base_ref } => {
                 source
@@ -81,27 +81,25 @@ impl Job<'_> {
         work: &Path,
         progress: &mut Progress,
     ) -> Result<Digest, Failure> {
-        let Task { spec, secrets, .. } = self.task;
+        let Task { spec, secrets, settings } = self.task;
         self.say(&format!("fetching {} at {commit}", source.remote_uri));
         let context = context::fetch(source, commit, secrets, work, self.children).await?;
         let text = std::fs::read(&context.dockerfile).map_err(|error| no_room("the Dockerfile", &error))?;
         let images = dockerfile::images(&String::from_utf8_lossy(&text), &source.build_args);
         progress.findings.bases = images.froms.iter().take(limits::BASES).map(base).collect();
 
-        let pulled_from = images.registries();
+        let registries = registries(spec, settings);
+        let named = images.registries();
+        let mirrors = named.iter().flat_map(|registry| registries.mirrors(registry));
+        let pulled_from: BTreeSet<&str> = named.iter().copied().chain(mirrors).collect();
         // What the Dockerfile has no use for, its steps shall not find.
         let mut to_pull = secrets.registries.clone();
         to_pull.retain(|host, _| pulled_from.contains(host.as_str()));
         let mut to_push = secrets.registries.clone();
         to_push.extend(secrets.push.clone());
         to_push.retain(|host, _| host == base_ref.registry());
-        let plain: Vec<String> = pulled_from
-            .into_iter()
-            .chain([base_ref.registry(), spec.target_ref.registry()])
-            .filter(|host| is_plain(spec, host))
-            .map(str::to_owned)
-            .collect();
-        let tool = self.tool(work, to_pull, to_push, &plain, base_ref)?;
+        let ways = Ways { registries: &registries, pulled_from, pushed_to: base_ref.registry() };
+        let tool = self.tool(work, to_pull, to_push, &ways)?;
         progress.findings.build_tool = tool.name().into();
         let tool = progress.tool.insert(tool);
 
@@ -134,15 +132,13 @@ impl Job<'_> {
         }
     }
 
-    /// `to_pull` and `to_push`: host → login, of the registries at hand alone; `plain`: those of them that are spoken to
-    /// without TLS.
+    /// `to_pull` and `to_push`: host → login, of the registries at hand alone.
     fn tool(
         &self,
         work: &Path,
         to_pull: BTreeMap<String, SecretString>,
         to_push: BTreeMap<String, SecretString>,
-        plain: &[String],
-        base_ref: &ImageReference,
+        ways: &Ways<'_>,
     ) -> Result<Box<dyn BuildTool>, Failure> {
         let Task { spec, secrets, settings } = self.task;
         let no_files = |error| no_room("the build tool's files", &error);
@@ -150,19 +146,19 @@ impl Job<'_> {
         let chosen = choose(settings).map_err(|problem| Failure::new(FailureReason::Internal, problem))?;
         match chosen {
             Tool::Buildah => {
-                let tool = Buildah::new(settings, work, self.children, &to_pull, to_push, plain, mounts);
+                let tool = Buildah::new(settings, work, self.children, &to_pull, to_push, ways, mounts);
                 Ok(Box::new(tool.map_err(no_files)?.with_no_cache(spec.no_cache)))
             }
             Tool::Buildkit => {
                 let lease = self.lease.as_ref().map_err(|problem| {
                     Failure::new(FailureReason::Internal, format!("cannot use BuildKit's daemon: {problem}"))
                 })?;
-                let registry = registry(spec, secrets, self.deadline)?;
+                let registry = registry(spec, secrets, ways.registries, self.deadline)?;
                 // No step can read them: buildctl holds them, and steps run in the daemon.
                 let logins = to_pull.into_iter().chain(to_push).collect();
                 let tool =
                     Buildkit::new(settings, work, self.children, &logins, mounts, lease.clone(), registry);
-                Ok(Box::new(tool.map_err(no_files)?.with_plain_push(is_plain(spec, base_ref.registry()))))
+                Ok(Box::new(tool.map_err(no_files)?.with_ways(ways)))
             }
         }
     }
@@ -205,17 +201,6 @@ fn base(from: &From) -> Base {
 
 fn limited(name: String) -> String {
     limits::truncated(name, limits::NAME_BYTES)
-}
-
-/// A registry that is spoken to without TLS: named in the spec (with or without its port), or this host itself.
-fn is_plain(spec: &RunSpec, host: &str) -> bool {
-    let bare = host.rsplit_once(':').map_or(host, |(bare, _)| bare);
-    let loopback = bare == "localhost"
-        || bare
-            .trim_matches(['[', ']'])
-            .parse::<std::net::IpAddr>()
-            .is_ok_and(|address| address.is_loopback());
-    loopback || spec.plain_http.iter().any(|plain| plain == host || plain == bare)
 }
 
 fn no_room(what: &str, error: &std::io::Error) -> Failure {

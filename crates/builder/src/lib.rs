@@ -11,6 +11,7 @@
 //! a build is *cancelled* is decided by the journal. A run that was revoked, or whose builder got SIGTERM (its host goes
 //! down), has no outcome: that is no answer to whether the build succeeds, and the run counts as lost.
 
+mod base_images;
 mod buildah;
 mod buildkit;
 mod children;
@@ -40,6 +41,7 @@ use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::run::{Outcome, RunResult, Work};
 use tokio::time::{Instant, timeout};
 
+pub use crate::base_images::BaseImages;
 pub use crate::buildkit::keep as keep_buildkitd;
 pub use crate::choice::{Tool, choose, missing};
 pub use crate::tool::{BuildRequest, BuildTool, Built, ToolError};

@@ -8,7 +8,9 @@ use std::time::Duration;
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
+use kiln_domain::registries::{Place, Registries};
 use kiln_domain::run::{RunSecrets, RunSpec};
+use kiln_domain::run_folder::Settings;
 use kiln_registry::{Access, Config, Error, Keyring, OciRegistry, Registry};
 use secrecy::SecretString;
 use tokio::time::Instant;
@@ -23,6 +25,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 pub(crate) struct Target<'a> {
     folder: &'a Folder,
     spec: &'a RunSpec,
+    registries: Registries,
     registry: OciRegistry,
     access: Access,
 }
@@ -33,15 +36,36 @@ impl<'a> Target<'a> {
         folder: &'a Folder,
         spec: &'a RunSpec,
         secrets: &RunSecrets,
+        settings: &Settings,
         deadline: Instant,
     ) -> Result<Self, Failure> {
-        let (registry, access) = registry(spec, secrets, deadline)?;
-        Ok(Self { folder, spec, registry, access })
+        let registries = registries(spec, settings);
+        let (registry, access) = registry(spec, secrets, &registries, deadline)?;
+        Ok(Self { folder, spec, registries, registry, access })
     }
 
-    /// Makes the target the same image as `from`.
-    pub(crate) async fn copy(&self, from: &ImageReference, platform: &Platform) -> Result<Digest, Failure> {
-        self.copy_as(&self.access, from, platform).await
+    /// Makes the target the same image as `from`, taken from the first of its mirrors that has it, or else from where it is.
+    pub(crate) async fn copy(
+        &self,
+        from: &ImageReference,
+        platform: &Platform,
+        say: impl Fn(&str),
+    ) -> Result<Digest, Failure> {
+        let mut places = self.registries.places(from);
+        places.retain(|place| place.is_mirror);
+        for Place { reference: mirror, .. } in places {
+            let access = Access { patience: Duration::ZERO, wait_out_limits: false, ..self.access.clone() };
+            say(&format!("taking it from the mirror's {mirror}"));
+            match self.copy_as(&access, &mirror, platform).await {
+                Ok(digest) => return Ok(digest),
+                Err(error @ Error::Stopped(_)) => {
+                    return Err(failure(&error, &mirror, &self.spec.target_ref));
+                }
+                Err(error) => say(&format!("not from the mirror: {error}")),
+            }
+        }
+        let copied = self.copy_as(&self.access, from, platform).await;
+        copied.map_err(|error| failure(&error, from, &self.spec.target_ref))
     }
 
     /// The same, of what this run has pushed: it is read with the credentials that it was pushed with.
@@ -54,7 +78,8 @@ impl<'a> Target<'a> {
         if let Some(keychain) = &access.push_keychain {
             access.keychain = keychain.clone();
         }
-        self.copy_as(&access, from, platform).await
+        let copied = self.copy_as(&access, from, platform).await;
+        copied.map_err(|error| failure(&error, from, &self.spec.target_ref))
     }
 
     async fn copy_as(
@@ -62,7 +87,7 @@ impl<'a> Target<'a> {
         access: &Access,
         from: &ImageReference,
         platform: &Platform,
-    ) -> Result<Digest, Failure> {
+    ) -> Result<Digest, Error> {
         let to = &self.spec.target_ref;
         let mut push: Option<File> = None;
         let mut before_put = |digest: &Digest| {
@@ -80,19 +105,45 @@ impl<'a> Target<'a> {
         };
         let copied = self.registry.copy(from, to, platform, access, &mut before_put).await;
         drop(push);
-        copied.map_err(|error| failure(&error, from, to))
+        copied
     }
 
     /// The digest of what a reference points at now, where that can be told.
     pub(crate) async fn digest(&self, reference: &ImageReference) -> Option<Digest> {
-        self.registry.digest(reference, &self.access).await.ok().flatten()
+        digest(&self.registry, &self.registries, reference, &self.access).await.ok().flatten()
     }
+}
+
+/// The digest of what a reference points at: by the first of its mirrors that has it, or else where it is.
+pub(crate) async fn digest(
+    registry: &dyn Registry,
+    registries: &Registries,
+    reference: &ImageReference,
+    access: &Access,
+) -> Result<Option<Digest>, Error> {
+    let hasty = Access { patience: Duration::ZERO, wait_out_limits: false, ..access.clone() };
+    let mut places = registries.places(reference);
+    places.retain(|place| place.is_mirror);
+    for place in places {
+        if let Ok(Some(digest)) = registry.digest(&place.reference, &hasty).await {
+            return Ok(Some(digest));
+        }
+    }
+    registry.digest(reference, access).await
+}
+
+/// How this run reaches registries.
+pub(crate) fn registries(spec: &RunSpec, settings: &Settings) -> Registries {
+    let mut registries = settings.registries.clone();
+    registries.plain(spec.plain_http.iter().cloned());
+    registries
 }
 
 /// Registries as a run asks them: with its credentials alone, until `deadline`.
 pub(crate) fn registry(
     spec: &RunSpec,
     secrets: &RunSecrets,
+    registries: &Registries,
     deadline: Instant,
 ) -> Result<(OciRegistry, Access), Failure> {
     kiln_registry::install_crypto_provider();
@@ -103,7 +154,7 @@ pub(crate) fn registry(
     access.patience = PATIENCE;
     access.insist_on = Some(spec.target_ref.registry().to_owned());
     access.wait_out_limits = true;
-    let config = Config { plain_http: spec.plain_http.clone(), ..Config::default() };
+    let config = Config { registries: registries.clone(), ..Config::default() };
     Ok((OciRegistry::new(config), access))
 }
 

@@ -1,12 +1,21 @@
 //! The seam between a run and what executes the Dockerfile.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use async_trait::async_trait;
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
+use kiln_domain::registries::Registries;
+
+/// How the registries that a Dockerfile is built with are reached.
+pub(crate) struct Ways<'a> {
+    pub(crate) registries: &'a Registries,
+    /// Those that its images are from, their mirrors included.
+    pub(crate) pulled_from: BTreeSet<&'a str>,
+    pub(crate) pushed_to: &'a str,
+}
 
 /// What is to be built.
 #[derive(Clone, Debug)]

@@ -39,6 +39,12 @@ pub struct ResolvedImage {
     /// How long ago the registry said so.
     #[prost(uint64, tag = "3")]
     pub age_ms: u64,
+    /// The mirror (`host[:port]`) that said so; empty where it was the registry itself.
+    #[prost(string, tag = "4")]
+    pub mirror: String,
+    /// It was known: nobody was asked for it now.
+    #[prost(bool, tag = "5")]
+    pub cached: bool,
 }
 
 /// The commit that a revision of a git remote is now. That it is answered also shows that the caller may read it.

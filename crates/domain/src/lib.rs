@@ -15,6 +15,7 @@ pub mod queue;
 pub mod rank;
 pub mod record;
 pub mod reference;
+pub mod registries;
 pub mod run;
 pub mod run_folder;
 pub mod source;

@@ -58,6 +58,12 @@ impl ImageReference {
         Self { tag: None, digest: Some(digest.to_string()), ..self.clone() }
     }
 
+    /// The same repository, tag and digest at another location, `host[:port][/path]`: where a mirror has it.
+    pub fn at(&self, location: &str) -> Result<Self, InvalidReference> {
+        let moved: Self = format!("{location}/{}", self.repository).parse()?;
+        Ok(Self { tag: self.tag.clone(), digest: self.digest.clone(), ..moved })
+    }
+
     /// What a manifest is asked for by: the digest where there is one, else the tag.
     pub fn selector(&self) -> &str {
         self.digest.as_deref().or(self.tag.as_deref()).unwrap_or(DEFAULT_TAG)

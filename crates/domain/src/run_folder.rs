@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 
+use crate::registries::Registries;
 use crate::run::RunSecrets;
 
 /// A [`crate::run::RunSpec`], JSON.
@@ -104,6 +105,9 @@ pub struct Settings {
     pub builder: Builder,
     #[serde(default)]
     pub buildkit: Buildkit,
+    /// How registries are reached.
+    #[serde(default)]
+    pub registries: Registries,
     /// A folder of programs besides those on the PATH.
     #[serde(default)]
     pub programs: Option<PathBuf>,
@@ -123,6 +127,7 @@ impl Settings {
         Self {
             builder: Builder::default(),
             buildkit: Buildkit::default(),
+            registries: Registries::default(),
             programs: None,
             storage,
             storage_driver: overlay(),

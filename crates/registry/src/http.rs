@@ -1,29 +1,27 @@
 //! The HTTP underneath: which client and which scheme a registry is asked by, redirects, bodies with a bound.
 
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::{Method, header};
-use reqwest::{Client, Request, Response, redirect};
-use url::{Host, Url};
+use kiln_domain::registries::Registries;
+use reqwest::{Request, Response};
+use url::Url;
 
 use crate::error::{Error, Problem};
+use crate::trust::{Clients, HUB, HUB_ON_THE_WIRE};
 
 /// Most of any body that is held in memory: manifests, configs, tokens.
 pub(crate) const BODY_BYTES: usize = 4 << 20;
 /// Most of an error's body that is looked at.
 const ERROR_BYTES: usize = 64 << 10;
 const REDIRECTS: usize = 5;
-const CONNECT: Duration = Duration::from_secs(10);
 
 /// How registries are spoken to.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Registries (`host`, for all its ports, or `host:port`) that are spoken to without TLS.
-    pub plain_http: Vec<String>,
-    /// Whether 127.0.0.0/8, `localhost` and `[::1]` are spoken to without TLS.
-    pub plain_loopback: bool,
+    /// Which are spoken to without TLS, and whom the others are trusted by. Mirrors are the caller's business.
+    pub registries: Registries,
     /// How long one request may take, its (bounded) answer included.
     pub request_timeout: Duration,
     /// How long a blob's transfer may stand still; a registry that checks what it was given stands still, too.
@@ -35,8 +33,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            plain_http: Vec::new(),
-            plain_loopback: true,
+            registries: Registries::default(),
             request_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(120),
             parallel_blobs: 3,
@@ -44,14 +41,11 @@ impl Default for Config {
     }
 }
 
-/// The HTTP clients, each made when it is first needed.
+/// The HTTP clients, each made when it is first needed; by the environment's proxies.
 #[derive(Debug, Default)]
 pub(crate) struct Http {
     pub(crate) config: Config,
-    /// For loopback without TLS: no proxy, no trust roots.
-    near: OnceLock<Result<Client, String>>,
-    /// For everything else, by the environment's proxies and the system's trust roots.
-    far: OnceLock<Result<Client, String>>,
+    clients: Clients,
 }
 
 impl Http {
@@ -61,17 +55,11 @@ impl Http {
 
     /// `http(s)://host/v2/`, where a registry is on the wire.
     pub(crate) fn base(&self, registry: &str) -> Result<Url, Error> {
-        let host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
+        let host = if registry == HUB { HUB_ON_THE_WIRE } else { registry };
+        let scheme = if self.config.registries.is_plain(registry) { "http" } else { "https" };
         // No URL: a port above 65535, say.
         let unknown = |_| Error::UnknownHost { registry: registry.to_owned() };
-        let mut url = Url::parse(&format!("https://{host}/v2/")).map_err(unknown)?;
-        let bare = host.rsplit_once(':').map_or(host, |(bare, _)| bare);
-        let named = self.config.plain_http.iter().any(|plain| plain == host || plain == bare);
-        if named || (self.config.plain_loopback && is_loopback(&url)) {
-            // Parsed anew, as the port may be TLS's default, which a parsed URL doesn't keep.
-            url = Url::parse(&format!("http://{host}/v2/")).map_err(unknown)?;
-        }
-        Ok(url)
+        Url::parse(&format!("{scheme}://{host}/v2/")).map_err(unknown)
     }
 
     /// Sends a request as it is. GET and HEAD are redirected, without what identifies the caller; never from TLS
@@ -106,30 +94,10 @@ impl Http {
 
     /// Sends a request as it is, and follows no redirect.
     pub(crate) async fn execute(&self, request: Request, registry: &str) -> Result<Response, Error> {
-        let client = self.client(request.url()).map_err(|problem| Error::unavailable(registry, problem))?;
+        let client = self.clients.client(&self.config.registries, registry, request.url());
+        let client = client.map_err(|problem| Error::unavailable(registry, Problem::Tls(problem)))?;
         client.execute(request).await.map_err(|error| Error::from_transport(&error, registry))
     }
-
-    fn client(&self, url: &Url) -> Result<&Client, Problem> {
-        let made = if url.scheme() == "http" && is_loopback(url) {
-            self.near.get_or_init(|| make(|builder| builder.no_proxy().tls_certs_only([])))
-        } else {
-            self.far.get_or_init(|| make(|builder| builder))
-        };
-        made.as_ref().map_err(|problem| Problem::Tls(problem.clone()))
-    }
-}
-
-fn make(adjust: impl FnOnce(reqwest::ClientBuilder) -> reqwest::ClientBuilder) -> Result<Client, String> {
-    crate::install_crypto_provider();
-    let builder = Client::builder()
-        .user_agent(concat!("kiln/", env!("CARGO_PKG_VERSION")))
-        .connect_timeout(CONNECT)
-        .redirect(redirect::Policy::none());
-    adjust(builder).build().map_err(|error| {
-        let cause = std::error::Error::source(&error).map(ToString::to_string);
-        cause.unwrap_or_else(|| error.to_string())
-    })
 }
 
 /// Whether what was begun at `from` may go on at `to`; else what is wrong with `to`, without its path and query.
@@ -138,15 +106,6 @@ pub(crate) fn same_security(from: &Url, to: &Url) -> Result<(), String> {
         "https" => Ok(()),
         "http" if from.scheme() == "http" => Ok(()),
         other => Err(format!("{other}://{}, away from TLS", to.host_str().unwrap_or_default())),
-    }
-}
-
-pub(crate) fn is_loopback(url: &Url) -> bool {
-    match url.host() {
-        Some(Host::Domain(name)) => name == "localhost",
-        Some(Host::Ipv4(address)) => address.is_loopback(),
-        Some(Host::Ipv6(address)) => address.is_loopback(),
-        None => false,
     }
 }
 
@@ -185,8 +144,9 @@ mod tests {
 
     #[test]
     fn where_a_registry_is_on_the_wire() {
-        let plain_http = vec!["plain.test".into(), "other.test:5000".into()];
-        let http = Http::new(Config { plain_http, ..Config::default() });
+        let mut registries = Registries::default();
+        registries.plain(["plain.test".into(), "other.test:5000".into()]);
+        let http = Http::new(Config { registries, ..Config::default() });
         for (registry, url) in [
             ("docker.io", "https://registry-1.docker.io/v2/"),
             ("ghcr.io", "https://ghcr.io/v2/"),
@@ -202,7 +162,5 @@ mod tests {
             assert_eq!(http.base(registry).unwrap().as_str(), url);
         }
         assert!(matches!(http.base("a.test:99999"), Err(Error::UnknownHost { .. })));
-        let http = Http::new(Config { plain_loopback: false, ..Config::default() });
-        assert_eq!(http.base("127.0.0.1:1").unwrap().as_str(), "https://127.0.0.1:1/v2/");
     }
 }

@@ -23,6 +23,7 @@ mod resolve;
 mod retry;
 mod token;
 mod tokens;
+mod trust;
 
 use std::io;
 
@@ -90,6 +91,11 @@ pub struct OciRegistry {
 impl OciRegistry {
     pub fn new(config: Config) -> Self {
         Self { http: Http::new(config), tokens: Tokens::default() }
+    }
+
+    /// How many bytes the layers of an image have, as they are moved. `reference` must name one platform's manifest.
+    pub async fn bytes(&self, reference: &ImageReference, access: &Access) -> Result<u64, Error> {
+        access.in_time(reference.registry(), resolve::bytes(self, reference, access)).await
     }
 }
 

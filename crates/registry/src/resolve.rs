@@ -58,6 +58,23 @@ pub(crate) async fn digest(
     }
 }
 
+/// See [`OciRegistry::bytes`].
+pub(crate) async fn bytes(
+    client: &OciRegistry,
+    reference: &ImageReference,
+    access: &Access,
+) -> Result<u64, Error> {
+    let repository = Repository::source(client, reference, access)?;
+    let text = reference.to_string();
+    match repository.manifest(reference.selector(), &text).await?.content {
+        Content::Image { layers, .. } => Ok(layers.iter().map(Descriptor::size).fold(0, u64::saturating_add)),
+        Content::Index(_) => {
+            let problem = "it is an index, of which each platform has a size of its own".to_owned();
+            Err(Error::Unsupported { reference: text, problem })
+        }
+    }
+}
+
 /// A single-platform manifest: by an index's word, or read.
 pub(crate) enum Found {
     Named(Digest),

@@ -23,6 +23,7 @@ pub struct Installation {
     program: PathBuf,
     folder: TempDir,
     arguments: Vec<String>,
+    environment: Vec<(String, String)>,
     child: Option<Child>,
 }
 
@@ -46,10 +47,21 @@ pub fn program() -> Result<PathBuf> {
 impl Installation {
     /// Starts one and waits until it is ready. `file://` remotes are admitted.
     pub async fn start(program: &Path, arguments: &[&str]) -> Result<Self> {
+        Self::start_with(program, arguments, &[]).await
+    }
+
+    /// The same, with these variables in its environment.
+    pub async fn start_with(
+        program: &Path,
+        arguments: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<Self> {
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         let mut installation = Self {
             program: program.to_owned(),
             folder: TempDir::with_prefix("kiln-installation-")?,
             arguments: arguments.iter().map(ToString::to_string).collect(),
+            environment: environment.iter().map(owned).collect(),
             child: None,
         };
         installation.start_again().await?;
@@ -70,6 +82,7 @@ impl Installation {
             .args(&self.arguments)
             .args(if named { &[] as &[&str] } else { &["--builder=buildah"] })
             .env("KILN_LOG_FORMAT", "text")
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(stderr)

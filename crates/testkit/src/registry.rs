@@ -14,6 +14,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::authority::Authority;
+
 /// How long a registry may take to listen.
 const START: Duration = Duration::from_secs(20);
 
@@ -35,6 +37,8 @@ pub struct DockerRegistry {
     folder: TempDir,
     address: String,
     password: bool,
+    /// The `tls` of its configuration.
+    tls: Option<Value>,
     child: Option<Child>,
     client: reqwest::Client,
 }
@@ -45,19 +49,33 @@ pub type Files<'a> = &'a [(&'a str, &'a [u8])];
 impl DockerRegistry {
     /// A registry that anyone may read and write.
     pub async fn start() -> Result<Self> {
-        Self::launch(false).await
+        Self::launch(false, None, plain_client()?).await
     }
 
     /// A registry that asks for [`USERNAME`] and [`PASSWORD`] by a Basic challenge.
     pub async fn start_with_password() -> Result<Self> {
-        Self::launch(true).await
+        Self::launch(true, None, plain_client()?).await
     }
 
-    async fn launch(password: bool) -> Result<Self> {
+    /// A registry with a password that speaks TLS; with `wants_certificate` only to who shows a certificate of the authority.
+    pub async fn start_with_tls(authority: &Authority, wants_certificate: bool) -> Result<Self> {
+        let [certificate, key] = authority.server();
+        let client_authorities: Vec<_> = wants_certificate.then(|| authority.ca()).into_iter().collect();
+        let tls = json!({"certificate": certificate, "key": key, "clientcas": client_authorities});
+        let ca = reqwest::Certificate::from_pem(&std::fs::read(authority.ca())?)?;
+        let mut client = client_builder().tls_certs_only([ca]);
+        if wants_certificate {
+            let [certificate, key] = authority.client();
+            let own = [std::fs::read(certificate)?, std::fs::read(key)?].concat();
+            client = client.identity(reqwest::Identity::from_pem(&own)?);
+        }
+        Self::launch(true, Some(tls), client.build()?).await
+    }
+
+    async fn launch(password: bool, tls: Option<Value>, client: reqwest::Client) -> Result<Self> {
         let folder = TempDir::new()?;
         std::fs::write(folder.path().join("htpasswd"), format!("{USERNAME}:{PASSWORD_HASH}\n"))?;
-        let client = plain_client()?;
-        let mut registry = Self { folder, address: "127.0.0.1:0".into(), password, child: None, client };
+        let mut registry = Self { folder, address: "127.0.0.1:0".into(), password, tls, child: None, client };
         registry.start_again().await?;
         Ok(registry)
     }
@@ -140,9 +158,10 @@ impl DockerRegistry {
         } else {
             String::new()
         };
+        let tls = self.tls.as_ref().map(|tls| format!(", tls: {tls}")).unwrap_or_default();
         format!(
             "version: 0.1\nlog: {{accesslog: {{disabled: true}}, formatter: json}}\nstorage:\n  filesystem: {{rootdirectory: {folder}/storage}}\n  \
-             delete: {{enabled: true}}\nhttp: {{addr: \"{}\", secret: tests}}\n{auth}",
+             delete: {{enabled: true}}\nhttp: {{addr: \"{}\", secret: tests{tls}}}\n{auth}",
             self.address
         )
     }
@@ -188,6 +207,7 @@ impl DockerRegistry {
             "architecture": architecture,
             "variant": variant,
             "config": {},
+            "history": [{"created_by": "testkit"}],
             "rootfs": {"type": "layers", "diff_ids": [Digest::of(&layer)]},
         });
         remove_nulls(&mut config);
@@ -206,7 +226,7 @@ impl DockerRegistry {
     /// Pushes a blob; returns its digest.
     pub async fn push_blob(&self, repository: &str, content: &[u8]) -> Result<Digest> {
         let digest = Digest::of(content);
-        let url = format!("http://{}/v2/{repository}/blobs/uploads/?digest={digest}", self.address);
+        let url = format!("{}/v2/{repository}/blobs/uploads/?digest={digest}", self.url());
         let answer = self.as_user(self.client.post(url)).send().await?;
         let location = answer.headers().get("location").context("no upload location")?.to_str()?;
         let separator = if location.contains('?') { '&' } else { '?' };
@@ -224,7 +244,7 @@ impl DockerRegistry {
         media_type: &str,
         content: &[u8],
     ) -> Result<Digest> {
-        let url = format!("http://{}/v2/{repository}/manifests/{selector}", self.address);
+        let url = format!("{}/v2/{repository}/manifests/{selector}", self.url());
         let put = self.client.put(url).header("content-type", media_type).body(content.to_vec());
         let answer = self.as_user(put).send().await?;
         ensure!(answer.status() == 201, "manifest of {repository}: {}", answer.text().await?);
@@ -233,7 +253,7 @@ impl DockerRegistry {
 
     /// The manifest under a tag or digest, its media type and bytes; `None` if there is none.
     pub async fn manifest(&self, repository: &str, selector: &str) -> Result<Option<(String, Vec<u8>)>> {
-        let url = format!("http://{}/v2/{repository}/manifests/{selector}", self.address);
+        let url = format!("{}/v2/{repository}/manifests/{selector}", self.url());
         let get =
             self.client.get(url).header("accept", format!("{OCI_MANIFEST}, {OCI_INDEX}, {DOCKER_TYPES}"));
         let answer = self.as_user(get).send().await?;
@@ -247,12 +267,17 @@ impl DockerRegistry {
 
     /// A blob's content; `None` if there is none.
     pub async fn blob(&self, repository: &str, digest: &Digest) -> Result<Option<Vec<u8>>> {
-        let url = format!("http://{}/v2/{repository}/blobs/{digest}", self.address);
+        let url = format!("{}/v2/{repository}/blobs/{digest}", self.url());
         let answer = self.as_user(self.client.get(url)).send().await?;
         if answer.status() == 404 {
             return Ok(None);
         }
         Ok(Some(answer.error_for_status()?.bytes().await?.to_vec()))
+    }
+
+    fn url(&self) -> String {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
     }
 
     fn as_user(&self, request: reqwest::RequestBuilder) -> reqwest::RequestBuilder {
@@ -271,9 +296,13 @@ impl Drop for DockerRegistry {
 
 /// A client for plain HTTP on this host.
 pub(crate) fn plain_client() -> Result<reqwest::Client> {
+    Ok(client_builder().tls_certs_only([]).build()?)
+}
+
+fn client_builder() -> reqwest::ClientBuilder {
     // reqwest wants a provider even for plain HTTP; it fails only where a test has installed one already.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    Ok(reqwest::Client::builder().no_proxy().tls_certs_only([]).build()?)
+    reqwest::Client::builder().no_proxy()
 }
 
 /// Debian's name, or upstream's.
@@ -294,7 +323,7 @@ async fn listening(child: &mut Child, log: &Path) -> Result<String> {
         if let Some((_, rest)) = text.split_once("listening on ")
             && let Some((address, _)) = rest.split_once('"')
         {
-            return Ok(address.to_owned());
+            return Ok(address.trim_end_matches(", tls").to_owned());
         }
         if let Some(status) = child.try_wait()? {
             bail!("docker-registry ended ({status}): {text}");

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use kiln_domain::id::{BuildId, ImageKey, RunId};
 use kiln_domain::reference::{Digest, ImageReference};
+use kiln_domain::registries::Registries;
 use kiln_domain::run::{RunSpec, Work};
 use kiln_domain::run_folder::{Builder, Settings};
 use kiln_domain::source::DockerfileSource;
@@ -21,6 +22,8 @@ use crate::registry::DockerRegistry;
 /// A registry, and a folder for repositories, runs and layers. All of it goes with it.
 pub struct Workshop {
     pub registry: DockerRegistry,
+    /// How builders reach registries.
+    pub registries: Registries,
     folder: TempDir,
     made: AtomicU64,
     builder: Builder,
@@ -43,7 +46,13 @@ impl Workshop {
     /// One that pushes to this registry.
     pub fn with(registry: DockerRegistry) -> Result<Self> {
         let folder = TempDir::with_prefix("kiln-workshop-")?;
-        Ok(Self { registry, folder, made: AtomicU64::new(0), builder: Builder::Buildah })
+        Ok(Self {
+            registry,
+            registries: Registries::default(),
+            folder,
+            made: AtomicU64::new(0),
+            builder: Builder::Buildah,
+        })
     }
 
     /// The same with another build tool than buildah.
@@ -136,6 +145,7 @@ impl Workshop {
     pub fn settings(&self) -> Settings {
         let mut settings = Settings::new(self.storage());
         settings.builder = self.builder;
+        settings.registries.clone_from(&self.registries);
         settings.programs = tools_folder();
         settings.buildkit.idle_seconds = 60;
         settings

@@ -30,6 +30,8 @@ pub struct Config {
     pub used_interval_seconds: u64,
     /// Answers of one registry that this process has refreshed in a minute, at most. A refresh is mostly one HEAD.
     pub refreshes_per_minute: u32,
+    /// Of the images that are kept warm, so many bytes are also pulled into the store of this host's builds; 0 pulls none.
+    pub pull_bytes: u64,
 }
 
 impl Default for Config {
@@ -43,6 +45,7 @@ impl Default for Config {
             used_half_life_seconds: 24 * 60 * 60,
             used_interval_seconds: 60,
             refreshes_per_minute: 120,
+            pull_bytes: 0,
         }
     }
 }

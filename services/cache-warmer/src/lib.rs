@@ -5,6 +5,7 @@
 //! - *I hear* from the journal which images builds used.
 //! - *I ask* the resolver for each image, and to refresh an answer that is about to become too old.
 //! - *I tell* the metrics how old each answer is, and how often there was none.
+//! - *I have* the images pulled into the store of this host's builds, where there is one.
 //! - *I never* speak to a registry. Any number of me may run: whoever finds an answer too old refreshes it, and the others
 //!   find it young.
 
@@ -13,8 +14,11 @@ mod choice;
 mod config;
 mod metrics;
 mod shelf;
+mod store;
 mod used;
 mod warm;
+
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use kiln_bus::Bus;
@@ -30,6 +34,8 @@ use crate::choice::{BUILDS_LOOKED_AT, Choice};
 pub use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::shelf::Shelf;
+use crate::store::Stock;
+pub use crate::store::{Store, StoreError};
 use crate::warm::Means;
 
 /// The role's name.
@@ -39,6 +45,8 @@ pub const ROLE: &str = "cache-warmer";
 pub struct Parts {
     pub bus: Bus,
     pub metrics: Registry,
+    /// The store of this host's builds, if images are to be pulled into it.
+    pub store: Option<Arc<dyn Store>>,
 }
 
 /// Keeps the images warm until `stop`. `ready` is called once it is under way, with what is counted. An error names what is
@@ -55,7 +63,7 @@ pub async fn run(
         "the cache-warmer's configuration is wrong: {}",
         problems.join("; ")
     );
-    let Parts { bus, metrics: mut counted } = parts;
+    let Parts { bus, metrics: mut counted, store } = parts;
     let means = Means {
         metrics: Metrics::register(&mut counted),
         shelf: Shelf::default(),
@@ -68,6 +76,10 @@ pub async fn run(
     let shelf = means.shelf.clone();
     server.answer(move |_: ListWarm| std::future::ready(Ok(shelf.list()))).await.context("serve")?;
     ready(counted);
+    if let Some(store) = store.filter(|_| config.pull_bytes > 0) {
+        let stock = Stock::new(store, &means, config.pull_bytes);
+        tasks.spawn(ended.clone().run_until_cancelled_owned(stock.keep(config.interval())));
+    }
     Choice::new(&config, &means).keep(&view, &stop).await;
     server.drain().await;
     ended.cancel();

@@ -19,6 +19,8 @@ pub(crate) struct Metrics {
     pub(crate) refreshed: Family<Image, Counter>,
     pub(crate) failed: Family<Image, Counter>,
     pub(crate) over_budget: Family<Image, Counter>,
+    pub(crate) pulled: Counter,
+    pub(crate) stored: Gauge,
 }
 
 impl Metrics {
@@ -28,6 +30,8 @@ impl Metrics {
             refreshed: Family::default(),
             failed: Family::default(),
             over_budget: Family::default(),
+            pulled: Counter::default(),
+            stored: Gauge::default(),
         };
         let age = "Age of the resolver's answer, at the last look";
         registry.register_with_unit("refs_age", age, Unit::Seconds, metrics.age.clone());
@@ -36,6 +40,9 @@ impl Metrics {
         registry.register("refs_failed", failed, metrics.failed.clone());
         let over_budget = "Answers left to become older, as their registry's budget was used up";
         registry.register("refs_over_budget", over_budget, metrics.over_budget.clone());
+        registry.register("refs_pulled", "Images pulled into the store of builds", metrics.pulled.clone());
+        let stored = "Bytes that were pulled for the images in the store of builds";
+        registry.register_with_unit("refs_stored", stored, Unit::Bytes, metrics.stored.clone());
         metrics
     }
 

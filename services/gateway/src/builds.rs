@@ -164,12 +164,10 @@ impl Builds for BuildsApi {
             .call("ResolveBaseImage", request, async |request| {
                 let reference: ImageReference =
                     request.r#ref.parse().map_err(|error| status::invalid("ref", error))?;
-                if !request.platform.is_empty() {
-                    request
-                        .platform
-                        .parse::<Platform>()
-                        .map_err(|error| status::invalid("platform", error))?;
-                }
+                let platform = match request.platform.as_str() {
+                    "" => Platform::default(),
+                    text => text.parse().map_err(|error| status::invalid("platform", error))?,
+                };
                 let secrets =
                     Secrets { registry: request::registry_auth(request.auth)?, ..Secrets::default() };
                 let question = ResolveImage {
@@ -182,7 +180,7 @@ impl Builds for BuildsApi {
                     refusal.message.insert_str(0, "ref: ");
                     status::of(&refusal)
                 })?;
-                Ok(api::ResolveBaseImageResponse { r#ref: answer.reference, stale: answer.stale })
+                Ok(convert::resolved_image(answer, &platform))
             })
             .await
     }

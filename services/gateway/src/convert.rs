@@ -7,8 +7,10 @@ use kiln_bus::journal::Entry;
 use kiln_bus::logs::{Chunk, LogInfo};
 use kiln_contract::cache_warmer::WarmImage;
 use kiln_contract::event::Progress;
+use kiln_contract::resolver::ResolvedImage;
 use kiln_domain::failure::FailureReason;
 use kiln_domain::id::BuildId;
+use kiln_domain::platform::Platform;
 use kiln_domain::record::State;
 use kiln_domain::step::Step;
 use kiln_proto::kiln_v1 as api;
@@ -38,6 +40,18 @@ pub(crate) fn build(entry: &Entry, queue_position: usize, progress: Option<&Prog
         steps: record.steps.iter().map(step).collect(),
         build_tool: record.build_tool.clone(),
         commit: record.commit.clone().unwrap_or_default(),
+    }
+}
+
+/// A reference's immutable form, as a client sees it.
+pub(crate) fn resolved_image(image: ResolvedImage, platform: &Platform) -> api::ResolveBaseImageResponse {
+    api::ResolveBaseImageResponse {
+        r#ref: image.reference,
+        stale: image.stale,
+        age: prost_types::Duration::try_from(Duration::from_millis(image.age_ms)).ok(),
+        cached: image.cached,
+        mirror: image.mirror,
+        platform: platform.to_string(),
     }
 }
 

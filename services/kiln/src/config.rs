@@ -12,6 +12,7 @@ use kiln_bus::{Connect, Lease};
 use kiln_chassis::config::{Environment, Error, Problem, load, load_over};
 use kiln_chassis::telemetry;
 use kiln_domain::reference::ImageReference;
+use kiln_domain::registries::Registries;
 use kiln_domain::run_folder::{Builder, Buildkit};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
@@ -60,6 +61,8 @@ pub(crate) struct Config {
     pub(crate) holders: Holders,
     pub(crate) listen: Listen,
     pub(crate) engine: Engine,
+    /// How registries are reached: of all that speak to one, builders on this host included.
+    pub(crate) registries: Registries,
     /// Of the resolver and the orchestrator.
     pub(crate) credentials: kiln_credentials::Config,
     pub(crate) gateway: Option<kiln_gateway::Config>,
@@ -234,6 +237,7 @@ impl Config {
             problems.extend(found.iter().map(|text| in_section(name, text)));
         };
         section("credentials", self.credentials.problems());
+        section("registries", self.registries.problems());
         let needs = |role| roles.contains(&role);
         if let Some(gateway) = &self.gateway {
             section("gateway", gateway.problems());
@@ -248,7 +252,14 @@ impl Config {
             section("log_relay", self.log_relay.clone().unwrap_or_default().problems());
         }
         if self.cache_warmer.is_some() || needs(Role::CacheWarmer) {
-            section("cache_warmer", self.cache_warmer.clone().unwrap_or_default().problems());
+            let warmer = self.cache_warmer.clone().unwrap_or_default();
+            section("cache_warmer", warmer.problems());
+            if warmer.pull_bytes > 0 && self.engine.local().is_none() {
+                section(
+                    "cache_warmer",
+                    vec!["pull_bytes: is for the local engine, whose builds have a store here".into()],
+                );
+            }
         }
         problems
     }
@@ -335,6 +346,13 @@ impl Config {
             }
         }
         gateway
+    }
+
+    /// How registries are reached, with those of a role's own list in plain HTTP.
+    pub(crate) fn registries(&self, plain_http: &[String]) -> Registries {
+        let mut registries = self.registries.clone();
+        registries.plain(plain_http.iter().cloned());
+        registries
     }
 
     /// How a role connects to the bus.

@@ -27,6 +27,9 @@ pub(crate) struct Answer {
     pub(crate) digest: Digest,
     /// When it was asked.
     pub(crate) asked_at: Timestamp,
+    /// The mirror that said so; empty where it was the registry itself.
+    #[serde(default)]
+    pub(crate) mirror: String,
 }
 
 impl Answer {

@@ -67,6 +67,8 @@ async fn image(duties: &Duties, question: ResolveImage) -> Result<ResolvedImage,
         reference: wanted.reference.pinned(&resolved.digest).to_string(),
         stale: resolved.stale,
         age_ms: u64::try_from(resolved.age.as_millis()).unwrap_or(u64::MAX),
+        mirror: resolved.mirror,
+        cached: resolved.cached,
     })
 }
 

@@ -15,6 +15,7 @@ use kiln_bus::refs::{Claim, RefKey};
 use kiln_credentials::{Installation, Owner, Permitted};
 use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
+use kiln_domain::registries::{Place, Registries};
 use kiln_registry::{Access, Error as RegistryError, Problem, Registry};
 use moka::future::Cache;
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,10 @@ use crate::turns::Turns;
 
 /// How long is tried again what may pass, where no older answer could be given: someone waits.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a mirror may take: whoever waits has better places to ask.
+const MIRROR_WITHIN: Duration = Duration::from_secs(3);
+/// How long a mirror that was out of reach is passed over.
+const MIRROR_SPARED: Duration = Duration::from_secs(10);
 /// How long another replica's answer is waited for; then this one asks, too.
 const JOIN_WITHIN: Duration = Duration::from_secs(3);
 /// How long a claim stands whose holder died.
@@ -36,8 +41,17 @@ const CLAIMED_FOR: Duration = Duration::from_secs(5);
 /// Waits between two looks for another replica's answer: the first, and the longest.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(200));
 
+/// What answers come from.
+pub(crate) struct Asked {
+    pub(crate) registry: Arc<dyn Registry>,
+    pub(crate) registries: Registries,
+    pub(crate) installation: Arc<Installation>,
+    pub(crate) answers: Answers,
+}
+
 pub(crate) struct Images {
     registry: Arc<dyn Registry>,
+    registries: Registries,
     installation: Arc<Installation>,
     answers: Answers,
     /// Holds nothing: equal questions that are under way wait here for one load.
@@ -71,6 +85,17 @@ pub(crate) struct Resolved {
     /// The registry could not be asked, and the answer is older than what counts as fresh.
     pub(crate) stale: bool,
     pub(crate) age: Duration,
+    /// Which mirror said so; empty where it was the registry itself.
+    pub(crate) mirror: String,
+    /// It was known: nobody was asked for it now.
+    pub(crate) cached: bool,
+}
+
+impl Resolved {
+    fn of(answer: Answer, cached: bool) -> Self {
+        let age = answer.age(now());
+        Self { digest: answer.digest, stale: false, age, mirror: answer.mirror, cached }
+    }
 }
 
 /// Who asks the registry.
@@ -123,14 +148,13 @@ impl Error {
 impl Images {
     pub(crate) fn new(
         config: &Config,
-        registry: Arc<dyn Registry>,
-        installation: Arc<Installation>,
-        answers: Answers,
+        Asked { registry, registries, installation, answers }: Asked,
         keys: Keys,
         metrics: Metrics,
     ) -> Self {
         Self {
             registry,
+            registries,
             installation,
             answers,
             flights: Cache::new(0),
@@ -187,14 +211,26 @@ impl Images {
     }
 
     async fn key(&self, wanted: &Wanted) -> RefKey {
-        let owner = wanted.credentials.owner(wanted.reference.registry()).await;
+        let registry = wanted.reference.registry();
+        let (reference, platform) = (wanted.reference.to_string(), wanted.platform.to_string());
+        let mut texts = vec![reference, platform];
+        // What a mirror answers may depend on what it is shown.
+        for mirror in self.registries.mirrors(registry) {
+            texts.push(mirror.to_owned());
+            match wanted.credentials.owner(mirror).await {
+                Owner::Nobody => texts.push("anonymous".into()),
+                Owner::Installation => texts.push("installation".into()),
+                Owner::Request(own) => texts.extend(own.distinguishing().map(str::to_owned)),
+            }
+        }
+        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+        let owner = wanted.credentials.owner(registry).await;
         let asker = match &owner {
             Owner::Nobody => Asker::Anonymous,
             Owner::Installation => Asker::Installation,
             Owner::Request(own) => Asker::Shows(own.distinguishing()),
         };
-        let (reference, platform) = (wanted.reference.to_string(), wanted.platform.to_string());
-        RefKey(self.keys.of("image", &[&reference, &platform], &asker))
+        RefKey(self.keys.of("image", &texts, &asker))
     }
 
     /// The answer that is known, if it needs no question.
@@ -202,7 +238,7 @@ impl Images {
         let age = known.age(now());
         // What a digest stands for can't change.
         let fresh = wanted.reference.digest().is_some() || age < self.tag_fresh_for;
-        fresh.then(|| Resolved { digest: known.digest.clone(), stale: false, age })
+        fresh.then(|| Resolved::of(known.clone(), true))
     }
 
     async fn load(&self, key: &RefKey, wanted: &Wanted, refresh: bool) -> Result<Resolved, Error> {
@@ -220,7 +256,7 @@ impl Images {
                 Turn::Ask(claim) => claim,
                 Turn::Answered(answer) => {
                     self.metrics.image_answered(From::Replica);
-                    return Ok(Resolved { age: answer.age(now()), digest: answer.digest, stale: false });
+                    return Ok(Resolved::of(answer, false));
                 }
             }
         };
@@ -262,15 +298,16 @@ impl Images {
         match self.ask_registry(wanted, known.as_ref()).await {
             Ok(answer) => {
                 self.missing.invalidate(key).await;
+                let from = if answer.mirror.is_empty() { From::Registry } else { From::Mirror };
                 let newest = self.answers.keep(key, answer).await;
-                self.metrics.image_answered(From::Registry);
-                Ok(Resolved { age: newest.age(now()), digest: newest.digest, stale: false })
+                self.metrics.image_answered(from);
+                Ok(Resolved::of(newest, false))
             }
             Err(error) if error.cannot_be_asked() => match known {
                 Some(known) => {
                     tracing::warn!("an older answer is given for {}: {error}", wanted.reference);
                     self.metrics.image_answered(From::Stale);
-                    Ok(Resolved { age: known.age(now()), digest: known.digest, stale: true })
+                    Ok(Resolved { stale: true, ..Resolved::of(known, true) })
                 }
                 None => Err(error),
             },
@@ -288,28 +325,68 @@ impl Images {
         }
     }
 
+    /// Asks the mirrors in their order, then the registry itself, whose word is the last.
     async fn ask_registry(&self, wanted: &Wanted, known: Option<&Answer>) -> Result<Answer, Error> {
-        let asked_at = now();
+        let begun = Instant::now();
         let (time, patience) = match known {
             Some(_) => (self.revalidate_timeout, Duration::ZERO),
             None => (self.registry_timeout, PATIENCE),
         };
-        let mut access = Access::new(wanted.credentials.clone(), Instant::now() + time);
-        access.patience = patience;
-        let reference = &wanted.reference;
-        if let Some(points_at) = reference.digest() {
-            let digest = self.read(reference, wanted, &access).await?;
-            return Ok(Answer { points_at, digest, asked_at });
+        let mut access = Access::new(wanted.credentials.clone(), begun + time);
+        let mut places = self.registries.places(&wanted.reference);
+        places.retain(|place| place.is_mirror);
+        let shares = u32::try_from(places.len()).unwrap_or(u32::MAX).saturating_add(1);
+        let share = (time / shares).min(MIRROR_WITHIN);
+        for Place { reference, .. } in &places {
+            // A slow mirror leaves the others, and the registry, their share of the time.
+            access.deadline = Instant::now() + share;
+            access.patience = Duration::ZERO;
+            match self.ask_at(reference, wanted, known, &access).await {
+                Ok(answer) => return Ok(Answer { mirror: reference.registry().to_owned(), ..answer }),
+                Err(error) => {
+                    tracing::debug!("the mirror's {reference} is passed over: {error}");
+                    self.spare_mirror(reference.registry(), &error);
+                }
+            }
         }
-        let points_at = self.ask(reference, &access, self.registry.digest(reference, &access)).await?;
+        access.deadline = begun + time;
+        access.patience = patience;
+        self.ask_at(&wanted.reference, wanted, known, &access).await
+    }
+
+    /// A mirror that is out of reach is passed over for a while, so that it costs one question its time, not all.
+    fn spare_mirror(&self, mirror: &str, error: &Error) {
+        if matches!(
+            error,
+            Error::Registry(RegistryError::Unavailable { .. } | RegistryError::UnknownHost { .. })
+        ) {
+            tracing::warn!("mirror {mirror} is passed over for {MIRROR_SPARED:?}: {error}");
+            self.pauses.hear(mirror, Left { time: MIRROR_SPARED, limited: false });
+        }
+    }
+
+    /// Asks at one place: a mirror, or the registry itself.
+    async fn ask_at(
+        &self,
+        reference: &ImageReference,
+        wanted: &Wanted,
+        known: Option<&Answer>,
+        access: &Access,
+    ) -> Result<Answer, Error> {
+        let (asked_at, mirror) = (now(), String::new());
+        if let Some(points_at) = reference.digest() {
+            let digest = self.read(reference, wanted, access).await?;
+            return Ok(Answer { points_at, digest, asked_at, mirror });
+        }
+        let points_at = self.ask(reference, access, self.registry.digest(reference, access)).await?;
         let points_at =
             points_at.ok_or_else(|| RegistryError::NotFound { reference: reference.to_string() })?;
         if let Some(known) = known.filter(|known| known.points_at == points_at) {
-            return Ok(Answer { asked_at, ..known.clone() });
+            return Ok(Answer { asked_at, mirror, ..known.clone() });
         }
         // By its digest: the tag may be moved between the two questions.
-        let digest = self.read(&reference.pinned(&points_at), wanted, &access).await?;
-        Ok(Answer { points_at, digest, asked_at })
+        let digest = self.read(&reference.pinned(&points_at), wanted, access).await?;
+        Ok(Answer { points_at, digest, asked_at, mirror })
     }
 
     async fn read(&self, pinned: &ImageReference, wanted: &Wanted, access: &Access) -> Result<Digest, Error> {

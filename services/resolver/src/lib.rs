@@ -2,7 +2,7 @@
 //!
 //! - *I am asked* for the digest of an image, for the commit of a git revision, and what lies at a reference of this
 //!   installation.
-//! - *I ask* registries, through the port of `kiln-registry`, and git remotes, through the real `git`.
+//! - *I ask* registries, their mirrors first, through the port of `kiln-registry`, and git remotes, through the real `git`.
 //! - *I tell* the other resolvers my answers, in `KILN_REFS`, and the metrics.
 //! - *I never* give an answer that was made with credentials to who shows others, put a credential where another process
 //!   can see it, or ask a registry that wants to be left alone.
@@ -28,6 +28,7 @@ use kiln_bus::refs::RefsBucket;
 use kiln_bus::seal::OpenKey;
 use kiln_bus::serve::Server;
 use kiln_credentials::Installation;
+use kiln_domain::registries::Registries;
 use prometheus_client::registry::Registry as MetricsRegistry;
 use tokio_util::sync::CancellationToken;
 
@@ -35,7 +36,7 @@ use crate::cache::Answers;
 use crate::commits::Commits;
 pub use crate::config::Config;
 use crate::handlers::Duties;
-use crate::images::Images;
+use crate::images::{Asked, Images};
 use crate::keys::Keys;
 use crate::metrics::Metrics;
 
@@ -47,6 +48,8 @@ pub struct Parts {
     /// Provisioned.
     pub bus: Bus,
     pub registry: Arc<dyn kiln_registry::Registry>,
+    /// Which have mirrors.
+    pub registries: Registries,
     /// The credentials of this installation.
     pub installation: Arc<Installation>,
     pub open_key: OpenKey,
@@ -63,14 +66,19 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let problems = config.problems();
     anyhow::ensure!(problems.is_empty(), "the resolver's configuration is wrong: {}", problems.join("; "));
-    let Parts { bus, registry, installation, open_key, metrics: mut counted } = parts;
+    let Parts { bus, registry, registries, installation, open_key, metrics: mut counted } = parts;
     let keys = Keys::new(&open_key).context("make the key of cached answers")?;
     let metrics = Metrics::register(&mut counted);
     let answers = Answers::new(config.cached_images, RefsBucket::open(&bus).await?);
     let duties = Arc::new(Duties {
         open_key,
         installation: installation.clone(),
-        images: Images::new(&config, registry, installation, answers, keys.clone(), metrics.clone()),
+        images: Images::new(
+            &config,
+            Asked { registry, registries, installation, answers },
+            keys.clone(),
+            metrics.clone(),
+        ),
         commits: Commits::new(&config, keys, metrics),
     });
     let server = Server::start(&bus, ROLE, &mut counted).await.context("serve")?;

@@ -10,6 +10,8 @@ use prometheus_client::registry::Registry;
 pub(crate) enum From {
     Cache,
     Registry,
+    /// A mirror of the registry.
+    Mirror,
     /// Another replica's question to the registry, which was waited for.
     Replica,
     /// The cache: not long ago, the image was not there.
@@ -48,6 +50,7 @@ impl Metrics {
         let from = match from {
             From::Cache => "cache",
             From::Registry => "registry",
+            From::Mirror => "mirror",
             From::Replica => "replica",
             From::Missing => "missing",
             From::Stale => "stale",

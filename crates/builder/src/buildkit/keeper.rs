@@ -195,8 +195,25 @@ fn configuration(place: &Place, settings: &Settings) -> String {
         path("otel.sock"),
         settings.buildkit.cache_bytes,
     );
-    for host in &settings.buildkit.plain_http {
-        configuration.push_str(&format!("[registry.{}]\nhttp = true\n", text(host)));
+    let mut registries = settings.registries.clone();
+    registries.plain(settings.buildkit.plain_http.iter().cloned());
+    for (registry, reach) in registries.iter() {
+        // Said in any case: BuildKit takes loopback for plain, whatever certificates are named for it.
+        let plain = registries.is_plain(registry);
+        configuration.push_str(&format!("[registry.{}]\nhttp = {plain}\n", text(registry)));
+        if !reach.mirrors.is_empty() {
+            configuration.push_str(&format!("mirrors = {}\n", serde_json::json!(reach.mirrors)));
+        }
+        if let Some(ca) = &reach.ca {
+            configuration.push_str(&format!("ca = [{}]\n", text(&ca.display().to_string())));
+        }
+        if let Some(client) = &reach.client_certificate {
+            let [key, certificate] =
+                [&client.key, &client.certificate].map(|path| path.display().to_string());
+            let (key, certificate) = (text(&key), text(&certificate));
+            let table = format!("[[registry.{}.keypair]]\n", text(registry));
+            configuration.push_str(&format!("{table}key = {key}\ncert = {certificate}\n"));
+        }
     }
     configuration
 }
@@ -210,12 +227,19 @@ mod tests {
         let mut settings = Settings::new("/data/layers".into());
         settings.buildkit.cache_bytes = 7_000_000;
         settings.buildkit.plain_http = vec!["registry.test:5000".into()];
+        settings.registries = serde_json::from_str(
+            r#"{"docker.io": {"mirrors": ["m.test/hub"]}, "registry.test:5000": {"mirrors": []},
+                "tls.test": {"ca": "/ca", "client_certificate": {"certificate": "/c", "key": "/k"}}}"#,
+        )
+        .unwrap();
         let told = configuration(&Place::of(&settings), &settings);
         for part in [
             "root = \"/data/layers/buildkit/root\"\n",
             "address = [\"unix:///data/layers/buildkit/buildkitd.sock\"]\n",
             "maxUsedSpace = 7000000\n",
             "[registry.\"registry.test:5000\"]\nhttp = true\n",
+            "[registry.\"docker.io\"]\nhttp = false\nmirrors = [\"m.test/hub\"]\n",
+            "[registry.\"tls.test\"]\nhttp = false\nca = [\"/ca\"]\n[[registry.\"tls.test\".keypair]]\nkey = \"/k\"\ncert = \"/c\"\n",
         ] {
             assert!(told.contains(part), "{part} is missing in {told}");
         }

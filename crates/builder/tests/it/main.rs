@@ -1,10 +1,12 @@
 //! The builder by itself: a run's folder in, an outcome and an image out. Real git, buildah, BuildKit and registry.
 
 mod bad_input;
+mod base_images;
 mod buildkit;
 mod buildkit_daemon;
 mod builds;
 mod credentials;
+mod mirrors;
 mod registries;
 mod run;
 mod stops;

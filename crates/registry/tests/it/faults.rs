@@ -2,6 +2,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use kiln_domain::reference::{Digest, ImageReference};
+use kiln_domain::registries::Reach;
 use kiln_registry::{Access, Config, Error, OciRegistry, Problem, Registry as _};
 use kiln_testkit::registry::DockerRegistry;
 use tokio::time::Instant;
@@ -50,7 +51,9 @@ async fn a_host_that_does_not_exist_is_named() {
 #[tokio::test]
 async fn what_speaks_no_tls_is_not_tried_again() {
     let registry = DockerRegistry::start().await.unwrap();
-    let client = OciRegistry::new(Config { plain_loopback: false, ..Config::default() });
+    let reach = Reach { plain_http: Some(false), ..Reach::default() };
+    let registries = [(registry.address().to_owned(), reach)].into_iter().collect();
+    let client = OciRegistry::new(Config { registries, ..Config::default() });
     let (image, access) = (registry.reference("app:1").unwrap(), Access::anonymous(LONG));
     let asked = client.digest(&image, &access);
     let error = tokio::time::timeout(Duration::from_secs(10), asked).await.unwrap().unwrap_err();

@@ -3,6 +3,7 @@
 #![expect(
     clippy::unwrap_used,
     clippy::indexing_slicing,
+    clippy::panic,
     reason = "clippy takes only the tests themselves for tests, not what they share"
 )]
 
@@ -12,6 +13,7 @@ mod faults;
 mod inspect;
 mod resolve;
 mod tokens;
+mod trust;
 
 use std::time::Duration;
 

@@ -2,6 +2,8 @@
 
 #![cfg(test)]
 
+mod store;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -10,7 +12,7 @@ use kiln_bus::journal::Journal;
 use kiln_bus::layout::Layout;
 use kiln_bus::serve::Server;
 use kiln_bus::{Bus, Connect};
-use kiln_cache_warmer::{Config, Parts, run};
+use kiln_cache_warmer::{Config, Parts, Store, run};
 use kiln_contract::cache_warmer::{ListWarm, WarmImage};
 use kiln_contract::error::{Code, Refusal};
 use kiln_contract::resolver::{ResolveImage, ResolvedImage};
@@ -79,7 +81,7 @@ impl Resolver {
         if reference.starts_with("r.io/missing") {
             return Err(Refusal::new(Code::NotFound, "cannot resolve image: there is none"));
         }
-        Ok(ResolvedImage { reference, stale: false, age_ms: age.as_millis() as u64 })
+        Ok(ResolvedImage { reference, age_ms: age.as_millis() as u64, ..Default::default() })
     }
 
     /// Waits until it was asked so, and returns how.
@@ -114,7 +116,12 @@ struct Warmers {
 impl Warmers {
     /// Starts one; returns what it counts.
     async fn start(&mut self, bus: &Bus, config: Config) -> Registry {
-        let parts = Parts { bus: bus.clone(), metrics: Registry::default() };
+        self.start_with(bus, config, None).await
+    }
+
+    /// The same, where builds have a store.
+    async fn start_with(&mut self, bus: &Bus, config: Config, store: Option<Arc<dyn Store>>) -> Registry {
+        let parts = Parts { bus: bus.clone(), metrics: Registry::default(), store };
         let (stop, (ready, counted)) = (self.stop.clone(), oneshot::channel());
         self.running.spawn(async move {
             run(config, parts, |metrics| drop(ready.send(metrics)), stop).await.unwrap();
@@ -181,7 +188,7 @@ async fn a_resolver_that_comes_later_is_asked_then() {
 #[tokio::test]
 async fn a_wrong_ref_is_named_by_its_key() {
     let (_nats, bus) = bus().await;
-    let parts = Parts { bus, metrics: Registry::default() };
+    let parts = Parts { bus, metrics: Registry::default(), store: None };
     let error = run(config(&["r.io/a:1", "a//b"]), parts, drop, CancellationToken::new()).await.unwrap_err();
     let error = error.to_string();
     assert!(error.contains("refs[1]: cannot parse image ref `a//b`"), "{error}");

@@ -92,7 +92,7 @@ pub(super) async fn fix(config: &Config, found: &[Found], stands: impl Fn(&Found
     });
     let left: Vec<&Found> = left.collect();
     let Some(local) = config.engine.local() else { return Vec::new() };
-    let engine = match engine::open_local(local, Vec::new()) {
+    let engine = match engine::open_local(local, Default::default()) {
         Ok(engine) => engine,
         Err(error) => return vec![Finding::unchecked(PART, format!("{error:#}"), ON_ITS_HOST)],
     };

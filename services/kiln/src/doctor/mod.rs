@@ -129,7 +129,8 @@ async fn registries(config: &Config, runs: bool) -> Vec<Finding> {
             "give the orchestrator's configuration by --config or KILN_ORCHESTRATOR__… variables",
         )];
     };
-    let http = || kiln_registry::Config { plain_http: orchestrator.plain_http.clone(), ..Default::default() };
+    let registries = config.registries(&orchestrator.plain_http);
+    let http = || kiln_registry::Config { registries: registries.clone(), ..Default::default() };
     let (base, workspace) = (&orchestrator.base_image_repository, &orchestrator.workspace_image_repository);
     let (base, workspace) = tokio::join!(
         kiln_registry::inspect::repository(http(), base),

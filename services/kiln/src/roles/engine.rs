@@ -10,6 +10,7 @@ use kiln_bus::Bus;
 use kiln_bus::revocations::RevocationsBucket;
 use kiln_domain::engine::{self as domain, EngineError};
 use kiln_domain::id::RunId;
+use kiln_domain::registries::Registries;
 use kiln_domain::run_folder::Settings;
 use kiln_engine_local::LocalEngine;
 use kiln_engine_ws_manager::{Mark, Revocations, WsManagerEngine};
@@ -67,14 +68,14 @@ impl Opened {
 
 /// Opens it, for the orchestrator or the log-relay; one that is shared by both is opened once.
 pub(crate) async fn open(config: &Config, host: &Host) -> anyhow::Result<Opened> {
-    let plain_http = config.orchestrator.clone().unwrap_or_default().plain_http;
+    let registries = config.registries(&config.orchestrator.clone().unwrap_or_default().plain_http);
     match &config.engine {
-        Engine::Local(local) => Ok(Opened::Local(open_local(local, plain_http)?)),
+        Engine::Local(local) => Ok(Opened::Local(open_local(local, registries)?)),
         Engine::WsManager(ws_manager) => {
             let bus = host.connect(config, "engine").await?;
             let revocations = Arc::new(Revoked(RevocationsBucket::open(&bus).await?));
             let registry =
-                Arc::new(OciRegistry::new(kiln_registry::Config { plain_http, ..Default::default() }));
+                Arc::new(OciRegistry::new(kiln_registry::Config { registries, ..Default::default() }));
             let engine = WsManagerEngine::start(ws_manager.clone(), revocations, registry)
                 .context("`engine.ws_manager`")?;
             Ok(Opened::WsManager { engine: Arc::new(engine), bus })
@@ -104,10 +105,10 @@ impl Revocations for Revoked {
     }
 }
 
-/// The engine of this host. `plain_http`: registries that are spoken to without TLS.
+/// The engine of this host.
 pub(crate) fn open_local(
     local: &LocalEngineConfig,
-    plain_http: Vec<String>,
+    registries: Registries,
 ) -> anyhow::Result<Arc<LocalEngine>> {
     let make = |name: &str| {
         let path = local.folder.join(name);
@@ -118,7 +119,7 @@ pub(crate) fn open_local(
     let layers = make(LAYERS)?;
     let mut config = kiln_engine_local::Config::new(make(RUNS)?, program, layers.clone());
     config.settings = settings(local, layers);
-    config.settings.buildkit.plain_http.extend(plain_http);
+    config.settings.registries = registries;
     match kiln_builder::choose(&config.settings) {
         Ok(tool) => {
             tracing::info!("Dockerfiles are executed by {}", tool.name());

@@ -15,13 +15,12 @@ pub(crate) async fn run(host: &Host, config: &Config, stop: CancellationToken) -
     let mut metrics = host.registry(ROLE);
     let installation = credentials::open(config, &mut metrics).await?;
     let section = config.resolver.clone().unwrap_or_default();
-    let registry = OciRegistry::new(kiln_registry::Config {
-        plain_http: section.plain_http.clone(),
-        ..kiln_registry::Config::default()
-    });
+    let registries = config.registries(&section.plain_http);
+    let http = kiln_registry::Config { registries: registries.clone(), ..kiln_registry::Config::default() };
     let parts = Parts {
         bus: bus.clone(),
-        registry: Arc::new(registry),
+        registry: Arc::new(OciRegistry::new(http)),
+        registries,
         installation,
         open_key: config.open_key()?,
         metrics,

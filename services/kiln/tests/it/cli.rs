@@ -150,7 +150,11 @@ async fn references_are_resolved() {
     let gateway = Gateway::start(Script::new(10)).await;
     let ended = run(&gateway, &["resolve", "x", "--platform", "linux/arm64"]).await;
     assert_eq!((ended.code, ended.text()), (Some(0), &*format!("x@sha256:{}#linux/arm64\n", "0".repeat(64))));
-    assert_eq!(ended.stderr, "kiln: this answer is an old one: the registry could not be asked\n");
+    assert_eq!(
+        ended.stderr,
+        "kiln: for linux/arm64, from the cache: the registry said so 0s ago\n\
+         kiln: this answer is an old one: the registry could not be asked\n"
+    );
     let ended = run(&gateway, &["resolve", "x", "--refresh", "-o", "json"]).await;
     assert_eq!((&ended.objects()[0]["stale"], ended.stderr.as_str()), (&false.into(), ""));
     let ended = run(&gateway, &["refs", "-o", "json"]).await;

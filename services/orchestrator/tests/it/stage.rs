@@ -97,7 +97,7 @@ impl Stage {
             .answer(|question: ResolveImage| async move {
                 let reference: ImageReference = question.reference.parse().unwrap();
                 let reference = reference.pinned(&Digest::of(question.reference.as_bytes())).to_string();
-                Ok(ResolvedImage { reference, stale: false, age_ms: 0 })
+                Ok(ResolvedImage { reference, ..Default::default() })
             })
             .await?;
         resolver.answer(|_: ResolveCommit| async { Ok(ResolvedCommit { commit: "c".repeat(40) }) }).await?;

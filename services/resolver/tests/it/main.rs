@@ -7,6 +7,7 @@ mod credentials;
 mod front;
 mod http_git;
 mod images;
+mod mirrors;
 mod replicas;
 mod rig;
 mod trouble;

@@ -11,6 +11,7 @@ use kiln_contract::question::Question;
 use kiln_contract::resolver::{FindImage, ResolveCommit, ResolveImage, ResolvedImage};
 use kiln_contract::secrets::{RegistryAuth, Secrets};
 use kiln_credentials::Installation;
+use kiln_domain::registries::Registries;
 use kiln_registry::OciRegistry;
 use kiln_resolver::{Config, Parts, run};
 use kiln_testkit::nats::{NatsServer, run_server};
@@ -25,6 +26,7 @@ pub(crate) struct Rig {
     nats: NatsServer,
     seed: SecretString,
     installation: Arc<Installation>,
+    registries: Registries,
     pub(crate) asking: Bus,
     running: JoinSet<()>,
     stop: Vec<DropGuard>,
@@ -38,13 +40,19 @@ impl Rig {
 
     /// Of an installation that has credentials.
     pub(crate) async fn of(config: Config, installation: Installation) -> Self {
+        Self::with(config, installation, Registries::default()).await
+    }
+
+    /// Of an installation that has credentials, and mirrors.
+    pub(crate) async fn with(config: Config, installation: Installation, registries: Registries) -> Self {
         let nats = run_server().await.unwrap();
         let asking = connect(&nats).await;
         let small = Layout { journal_max_bytes: 1 << 20, logs_max_bytes: 1 << 20, ..Layout::default() };
         asking.provision(&small).await.unwrap();
         let seed = OpenKey::new_seed().unwrap();
         let installation = Arc::new(installation);
-        let mut rig = Self { nats, seed, installation, asking, running: JoinSet::new(), stop: Vec::new() };
+        let mut rig =
+            Self { nats, seed, installation, registries, asking, running: JoinSet::new(), stop: Vec::new() };
         rig.replace(config).await;
         rig
     }
@@ -61,6 +69,7 @@ impl Rig {
         let parts = Parts {
             bus: connect(&self.nats).await,
             registry: Arc::new(OciRegistry::default()),
+            registries: self.registries.clone(),
             installation: self.installation.clone(),
             open_key: self.open_key(),
             metrics: Default::default(),

@@ -5,6 +5,7 @@ mod buildkit;
 mod fleet;
 mod image_builder;
 mod main_job;
+mod registries;
 mod restart;
 mod secrets;
 

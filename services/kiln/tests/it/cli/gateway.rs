@@ -256,7 +256,13 @@ impl Builds for Scripted {
             return Err(Status::invalid_argument("ref: must be lowercase"));
         }
         let reference = format!("{}@sha256:{}#{}", request.r#ref, "0".repeat(64), request.platform);
-        Ok(Response::new(ResolveBaseImageResponse { r#ref: reference, stale: !request.refresh }))
+        Ok(Response::new(ResolveBaseImageResponse {
+            r#ref: reference,
+            stale: !request.refresh,
+            cached: !request.refresh,
+            platform: request.platform,
+            ..Default::default()
+        }))
     }
 
     async fn resolve_workspace_image(
