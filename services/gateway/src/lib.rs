@@ -2,7 +2,7 @@
 //!
 //! - *I am asked* by clients, over gRPC, in our own API and in that of image-builder-mk3: to build, watch, list, cancel,
 //!   resolve, and for logs; over HTTP for logs.
-//! - *I ask* an orchestrator to build and cancel, a resolver to resolve; records and logs I read from the bus myself.
+//! - *I ask* an orchestrator to build and cancel, and where a build's output is; a resolver to resolve; records and logs I read from the bus myself.
 //! - *I tell* nobody anything but my callers.
 //! - *I never* decide what becomes of a build, append to a stream, or speak to a registry, a git remote or an engine.
 
@@ -119,7 +119,8 @@ pub async fn run(
         seal_key,
         metrics: Metrics::register(&mut metrics),
     });
-    let image_builder = ImageBuilderServer::new(ImageBuilderApi::new(api.clone()))
+    let image_builder = ImageBuilderApi::new(api.clone()).context("a key for answers")?;
+    let image_builder = ImageBuilderServer::new(image_builder)
         .max_decoding_message_size(MESSAGE_BYTES)
         .max_encoding_message_size(MESSAGE_BYTES);
     let builds = BuildsServer::from_arc(api)

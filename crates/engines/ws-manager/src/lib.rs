@@ -24,7 +24,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use kiln_domain::engine::{Cursor, Engine, EngineError, Handle, Observed, Output};
+use jiff::Timestamp;
+use kiln_domain::engine::{Cursor, Engine, EngineError, Handle, Observed, OthersBuild, Output, OutputAccess};
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::id::RunId;
 use kiln_domain::reference::{Digest, ImageReference};
@@ -146,6 +147,28 @@ impl WsManagerEngine {
             Some(state) if state.end.is_some() && removed().await? => Ok(None),
             state => Ok(state),
         }
+    }
+}
+
+/// As image-builder-mk3 tells it; `None` where something is missing.
+fn access(url: &str, owner_token: &str) -> Option<OutputAccess> {
+    if url.is_empty() || owner_token.is_empty() {
+        return None;
+    }
+    let headers = [(supervisor::OWNER_TOKEN.to_owned(), owner_token.into())].into();
+    Some(OutputAccess { url: url.to_owned(), headers })
+}
+
+fn others_build(status: &wsman::WorkspaceStatus) -> OthersBuild {
+    let started = status.metadata.as_ref().and_then(|metadata| metadata.started_at.as_ref());
+    let base = status.metadata.as_ref().and_then(|metadata| metadata.annotations.get(state::BASE));
+    let state = State::of(status);
+    OthersBuild {
+        id: status.id.clone(),
+        base_ref: base.cloned().unwrap_or_default(),
+        started_at: started.and_then(|at| Timestamp::new(at.seconds, at.nanos).ok()),
+        output: access(&state.url, &state.owner_token),
+        target_ref: state.target,
     }
 }
 
@@ -274,5 +297,24 @@ impl Engine for WsManagerEngine {
 
     fn advance(&self, from: &Cursor, bytes: &[u8]) -> Cursor {
         overlap::Place::of(from).advanced(bytes).cursor()
+    }
+
+    async fn output_access(&self, run: &RunId) -> Result<Option<OutputAccess>, EngineError> {
+        let known = self.workspaces.get(run).and_then(|state| access(&state.url, &state.owner_token));
+        if known.is_some() {
+            return Ok(known);
+        }
+        let Some(state) = self.workspaces.ask(run).await? else { return Err(EngineError::Gone) };
+        match access(&state.url, &state.owner_token) {
+            None if state.end.is_none() => {
+                Err(EngineError::Unavailable("the workspace has no URL yet".to_owned()))
+            }
+            access => Ok(access),
+        }
+    }
+
+    async fn others(&self) -> Result<Vec<OthersBuild>, EngineError> {
+        let others = self.workspaces.others().await?;
+        Ok(others.iter().map(others_build).collect())
     }
 }

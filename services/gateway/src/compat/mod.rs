@@ -6,27 +6,34 @@
 
 mod auth;
 mod build;
+mod follow;
 mod info;
+mod list;
+mod log_info;
 mod logs;
 mod resolve;
 mod source;
 
 use std::sync::Arc;
 
+use kiln_bus::seal::SealError;
 use kiln_proto::builder as api;
 use kiln_proto::builder::image_builder_server::ImageBuilder;
 use tonic::{Request, Response, Status};
 
 use crate::builds::{Answers, BuildsApi};
+use crate::compat::log_info::LogInfos;
 
 /// The service behind `builder.ImageBuilder`.
 pub(crate) struct ImageBuilderApi {
     builds: Arc<BuildsApi>,
+    log_infos: LogInfos,
 }
 
 impl ImageBuilderApi {
-    pub(crate) fn new(builds: Arc<BuildsApi>) -> Self {
-        Self { builds }
+    pub(crate) fn new(builds: Arc<BuildsApi>) -> Result<Self, SealError> {
+        let log_infos = LogInfos::new(builds.bus.clone())?;
+        Ok(Self { builds, log_infos })
     }
 }
 
@@ -68,17 +75,6 @@ impl ImageBuilder for ImageBuilderApi {
         &self,
         request: Request<api::ListBuildsRequest>,
     ) -> Result<Response<api::ListBuildsResponse>, Status> {
-        self.builds
-            .metrics
-            .call("ImageBuilder/ListBuilds", request, async |_| {
-                if !self.builds.view.is_caught_up() {
-                    return Err(Status::unavailable(
-                        "this gateway is still reading what there is; ask again",
-                    ));
-                }
-                let builds = self.builds.view.active().iter().map(|entry| info::of(&entry.record)).collect();
-                Ok(api::ListBuildsResponse { builds })
-            })
-            .await
+        self.builds.metrics.call("ImageBuilder/ListBuilds", request, |_| self.listed()).await
     }
 }

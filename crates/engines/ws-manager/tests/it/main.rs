@@ -1,5 +1,6 @@
 //! The ws-manager engine with a ws-manager and supervisors after the protocol, and a real registry.
 
+mod accesses;
 mod outputs;
 mod place;
 mod statuses;
