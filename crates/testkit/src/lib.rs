@@ -2,6 +2,7 @@
 //! ports.
 
 pub mod bare;
+pub mod builders;
 pub mod engine;
 pub mod engine_conformance;
 pub mod fleet;

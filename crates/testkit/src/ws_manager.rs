@@ -64,9 +64,26 @@ pub struct Workspace {
     pub stop: CancellationToken,
 }
 
+/// Where a workspace writes.
+pub struct Terminal {
+    supervisors: Supervisors,
+    id: String,
+}
+
+impl Terminal {
+    pub fn write(&self, bytes: &[u8]) {
+        self.supervisors.write(&self.id, bytes);
+    }
+}
+
 impl Workspace {
     pub fn write(&self, text: &str) {
         self.supervisors.write(&self.request.id, text.as_bytes());
+    }
+
+    /// For who writes while the work goes on elsewhere.
+    pub fn terminal(&self) -> Terminal {
+        Terminal { supervisors: self.supervisors.clone(), id: self.request.id.clone() }
     }
 
     /// An annotation of it; empty if there is none.
