@@ -11,6 +11,7 @@
 
 mod config;
 mod connection;
+mod cursor_key;
 mod output;
 mod overlap;
 mod request;
@@ -36,6 +37,7 @@ use tokio::time::sleep;
 use tonic::Code;
 
 pub use crate::config::{Config, Tls};
+pub use crate::cursor_key::CursorKey;
 use crate::output::Outputs;
 pub use crate::revocations::{Mark, Revocations};
 use crate::state::{End, State};
@@ -59,6 +61,7 @@ pub struct WsManagerEngine {
     config: Config,
     workspaces: Arc<Workspaces>,
     outputs: Outputs,
+    cursor_key: Arc<CursorKey>,
     revocations: Arc<dyn Revocations>,
     registry: Arc<dyn Registry>,
     /// How runs ended that a registry was asked about: the same answer each time.
@@ -71,12 +74,14 @@ impl WsManagerEngine {
         config: Config,
         revocations: Arc<dyn Revocations>,
         registry: Arc<dyn Registry>,
+        cursor_key: CursorKey,
     ) -> Result<Self, connection::Error> {
         let channel = connection::channel(&config)?;
         let http = connection::http()?;
         let workspaces = Workspaces::follow(channel, revocations.clone());
-        let outputs = Outputs::new(workspaces.clone(), http);
-        Ok(Self { config, workspaces, outputs, revocations, registry, ended: Mutex::default() })
+        let cursor_key = Arc::new(cursor_key);
+        let outputs = Outputs::new(workspaces.clone(), http, cursor_key.clone());
+        Ok(Self { config, workspaces, outputs, cursor_key, revocations, registry, ended: Mutex::default() })
     }
 
     /// Ends the engine's own tasks; workspaces run on.
@@ -296,7 +301,7 @@ impl Engine for WsManagerEngine {
     }
 
     fn advance(&self, from: &Cursor, bytes: &[u8]) -> Cursor {
-        overlap::Place::of(from).advanced(bytes).cursor()
+        self.cursor_key.cursor(&self.cursor_key.place(from).advanced(bytes))
     }
 
     async fn output_access(&self, run: &RunId) -> Result<Option<OutputAccess>, EngineError> {

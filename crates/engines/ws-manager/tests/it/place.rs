@@ -11,7 +11,7 @@ use kiln_domain::id::{BuildId, ImageKey, RunId};
 use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run::{RunSecrets, RunSpec, Work};
-use kiln_engine_ws_manager::{Config, Mark, Revocations, WsManagerEngine};
+use kiln_engine_ws_manager::{Config, CursorKey, Mark, Revocations, WsManagerEngine};
 use kiln_registry::{Access, OciRegistry, Registry as _};
 use kiln_testkit::engine_conformance::{ENDLESS, Job, Place};
 use kiln_testkit::registry::DockerRegistry;
@@ -85,7 +85,8 @@ impl WsManagerPlace {
             pull_secret: String::new(),
         };
         let registry = Arc::new(OciRegistry::default());
-        WsManagerEngine::start(config, self.revocations.clone(), registry).expect("an engine")
+        let key = CursorKey::new([7; 32]);
+        WsManagerEngine::start(config, self.revocations.clone(), registry, key).expect("an engine")
     }
 
     pub(crate) fn spec(&self, job: Job) -> Result<RunSpec> {
