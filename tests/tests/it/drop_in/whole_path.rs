@@ -92,6 +92,23 @@ async fn failures_and_cancels_of_workspaces_say_whose_they_are() -> Result<()> {
     let [done] = rest.as_slice() else { anyhow::bail!("one message follows: {rest:?}") };
     ensure!(done.message.starts_with("build failed: it was cancelled"), "{done:?}");
     ensure!(place.ws_manager.running().is_empty(), "a workspace goes on");
+
+    // Under mk3's names: each started build is once done.
+    let counted = place.fleet.process("orchestrator", 0)?.metrics().await?;
+    for line in [
+        "gitpod_image_builder_builds_started_total 2",
+        "gitpod_image_builder_builds_done_total{success=\"false\"} 2",
+        "gitpod_image_builder_builds_done_total{success=\"true\"} 0",
+    ] {
+        ensure!(counted.lines().any(|counted| counted == line), "{line}\n{counted}");
+    }
+    let counted = place.fleet.process("gateway", 0)?.metrics().await?;
+    let handled = counted.lines().find(|line| line.starts_with("grpc_server_handled_total{"));
+    let handled = handled.with_context(|| counted.clone())?;
+    for label in ["grpc_method=\"Build\"", "grpc_code=\"OK\"", "grpc_service=\"builder.ImageBuilder\""] {
+        ensure!(handled.contains(label), "{handled}");
+    }
+    ensure!(handled.ends_with(" 2"), "{handled}");
     Ok(())
 }
 
