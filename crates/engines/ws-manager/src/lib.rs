@@ -9,6 +9,7 @@
 //! ws-manager can't fence: a workspace may be created by a request that was under way when its run was revoked. Such a one
 //! is stopped on sight.
 
+mod alerts;
 mod config;
 mod connection;
 mod cursor_key;
@@ -37,6 +38,7 @@ use tokio::time::sleep;
 use tonic::Code;
 
 pub use crate::config::{Config, Tls};
+use crate::connection::told;
 pub use crate::cursor_key::CursorKey;
 use crate::output::Outputs;
 pub use crate::revocations::{Mark, Revocations};
@@ -217,7 +219,7 @@ impl Engine for WsManagerEngine {
                 Err(status) if status.code() == Code::AlreadyExists => return Ok(handle),
                 Err(status) => status,
             };
-            tracing::warn!(run.id = %run, "ws-manager does not start `{run}`: {}", refused.message());
+            tracing::warn!(run.id = %run, "ws-manager does not start `{run}`: {}", told(&refused));
             match refused.code() {
                 Code::Unavailable if tried < STARTS => sleep(BETWEEN_STARTS).await,
                 // It will never take this.
@@ -225,11 +227,11 @@ impl Engine for WsManagerEngine {
                 | Code::PermissionDenied
                 | Code::Unauthenticated
                 | Code::Unimplemented => {
-                    let message = format!("ws-manager refused the workspace: {}", refused.message());
+                    let message = format!("ws-manager refused the workspace: {}", told(&refused));
                     return Err(EngineError::Rejected(Failure::new(FailureReason::Internal, message)));
                 }
                 // Full, under maintenance, or in trouble.
-                _ => return Err(EngineError::Unavailable(refused.message().to_owned())),
+                _ => return Err(EngineError::Unavailable(told(&refused))),
             }
         }
     }
@@ -270,7 +272,7 @@ impl Engine for WsManagerEngine {
         match self.workspaces.stop(request, STOP).await {
             Ok(()) => Ok(()),
             Err(status) if status.code() == Code::NotFound => Ok(()),
-            Err(status) => Err(EngineError::Unavailable(status.message().to_owned())),
+            Err(status) => Err(EngineError::Unavailable(told(&status))),
         }
     }
 

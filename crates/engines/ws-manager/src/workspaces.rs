@@ -18,6 +18,7 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
+use crate::connection::told;
 use crate::revocations::Revocations;
 use crate::state::{MANAGED_BY, State, run_of};
 
@@ -137,7 +138,7 @@ impl Workspaces {
                 }
             }
             Err(status) if status.code() == Code::NotFound => self.gone(run),
-            Err(status) => return Err(EngineError::Unavailable(format!("ws-manager: {}", status.message()))),
+            Err(status) => return Err(EngineError::Unavailable(format!("ws-manager: {}", told(&status)))),
         }
         Ok(self.get(run))
     }
@@ -147,8 +148,7 @@ impl Workspaces {
         let mut client = self.client.clone();
         let request = wsman::GetWorkspacesRequest { must_match: Some(image_builds()) };
         let all = in_time(ANSWER, client.get_workspaces(request)).await;
-        let all =
-            all.map_err(|status| EngineError::Unavailable(format!("ws-manager: {}", status.message())))?;
+        let all = all.map_err(|status| EngineError::Unavailable(format!("ws-manager: {}", told(&status))))?;
         let mut others = all.into_inner().status;
         others.retain(|status| run_of(status).is_none() && status.phase() != WorkspacePhase::Stopped);
         Ok(others)
@@ -164,7 +164,7 @@ impl Workspaces {
                 (pause, said) = (FIRST_PAUSE, false);
             }
             if !std::mem::replace(&mut said, true) {
-                tracing::warn!("ws-manager can't be followed now: {}", error.message());
+                tracing::warn!("ws-manager can't be followed now: {}", told(&error));
             }
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -243,7 +243,7 @@ impl Workspaces {
             let mut request = wsman::StopWorkspaceRequest { id: run.to_string(), ..Default::default() };
             request.set_policy(wsman::StopWorkspacePolicy::Immediately);
             if let Err(status) = self.stop(request, ANSWER).await {
-                tracing::warn!(run.id = %run, "workspace `{run}` can't be stopped now: {}", status.message());
+                tracing::warn!(run.id = %run, "workspace `{run}` can't be stopped now: {}", told(&status));
             }
         }
     }

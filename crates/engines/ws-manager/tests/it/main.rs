@@ -4,6 +4,7 @@ mod accesses;
 mod outputs;
 mod place;
 mod statuses;
+mod tls;
 
 use kiln_testkit::engine_conformance::conformance;
 
