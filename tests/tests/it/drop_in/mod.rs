@@ -2,6 +2,7 @@
 //! and all of Kiln's roles between.
 
 mod cut_off;
+mod python;
 mod whole_path;
 
 use std::sync::Arc;
