@@ -1,6 +1,7 @@
 //! The ws-manager engine with a ws-manager and supervisors after the protocol, and a real registry.
 
 mod accesses;
+mod order;
 mod outputs;
 mod place;
 mod statuses;

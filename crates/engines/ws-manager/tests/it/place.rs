@@ -80,6 +80,10 @@ impl WsManagerPlace {
         self.ws_engine_at(self.ws_manager.address.to_string(), None)
     }
 
+    pub(crate) fn registry(&self) -> &DockerRegistry {
+        &self.jobs.registry
+    }
+
     /// One that reaches ws-manager somewhere else.
     #[expect(clippy::expect_used, reason = "the suite's engines can't fail to be made")]
     pub(crate) fn ws_engine_at(&self, address: String, tls: Option<Tls>) -> WsManagerEngine {
