@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use jiff::Timestamp;
 use kiln_contract::bucket;
-use kiln_contract::secrets::Secrets;
+use kiln_contract::secrets::{OutputAccesses, Secrets};
 use kiln_domain::id::BuildId;
 
 use crate::connection::Bus;
@@ -24,6 +24,17 @@ pub fn open(key: &OpenKey, sealed: &[u8]) -> Result<Secrets, SealError> {
     if sealed.is_empty() {
         return Ok(Secrets::default());
     }
+    serde_json::from_slice(&key.open(sealed)?).map_err(|_| SealError::Open)
+}
+
+/// Seals what lets read outputs, for who asked.
+pub fn seal_accesses(key: &SealKey, accesses: &OutputAccesses) -> Result<Bytes, SealError> {
+    let json = serde_json::to_vec(accesses).map_err(|_| SealError::Seal)?;
+    key.seal(&json).map(Bytes::from)
+}
+
+/// Opens what [`seal_accesses`] made.
+pub fn open_accesses(key: &OpenKey, sealed: &[u8]) -> Result<OutputAccesses, SealError> {
     serde_json::from_slice(&key.open(sealed)?).map_err(|_| SealError::Open)
 }
 

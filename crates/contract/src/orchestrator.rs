@@ -137,6 +137,35 @@ pub struct WorkspaceImageAnswer {
     pub exists: bool,
 }
 
+/// How can a client read these outputs by itself? And what do others build in the same place?
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct OutputAccess {
+    /// Of running builds.
+    #[prost(string, repeated, tag = "1")]
+    pub runs: Vec<String>,
+    #[prost(bool, tag = "2")]
+    pub others: bool,
+    /// The public key of the asker, for whom the answer is sealed.
+    #[prost(string, tag = "3")]
+    pub seal_to: String,
+}
+
+impl Question for OutputAccess {
+    const SERVICE: &'static str = SERVICE;
+    const VERB: &'static str = "output-access";
+    type Answer = OutputAccessAnswer;
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct OutputAccessAnswer {
+    /// Sealed [`crate::secrets::OutputAccesses`].
+    #[prost(bytes = "bytes", tag = "1")]
+    pub sealed: Bytes,
+    /// Runs of which it can't be said yet; those that are in neither have no such access.
+    #[prost(string, repeated, tag = "2")]
+    pub not_yet: Vec<String>,
+}
+
 /// A source as a question carries it.
 pub fn source_to_json(source: &Source) -> Result<Bytes, Refusal> {
     to_json(source)

@@ -47,6 +47,37 @@ pub struct RegistryAuth {
     pub credentials: BTreeMap<String, String>,
 }
 
+/// What [`crate::orchestrator::OutputAccess`] is answered with: how outputs are read past this service, owner tokens
+/// included. Sealed for who asked.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputAccesses {
+    /// By run, of those that were asked for.
+    #[serde(default)]
+    pub runs: BTreeMap<String, OutputAccess>,
+    #[serde(default)]
+    pub others: Vec<OthersBuild>,
+}
+
+/// Where an output is, and the headers of who reads it.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputAccess {
+    pub url: String,
+    #[serde(default)]
+    pub headers: BTreeMap<String, String>,
+}
+
+/// A build that is none of ours, in the place where ours run.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OthersBuild {
+    pub id: String,
+    pub target_ref: String,
+    pub base_ref: String,
+    #[serde(default)]
+    pub started_at: Option<jiff::Timestamp>,
+    #[serde(default)]
+    pub output: Option<OutputAccess>,
+}
+
 impl Secrets {
     /// Everything in it that must not be seen in a log or an event. A user's name is none; one without a password is a
     /// token.
@@ -74,6 +105,24 @@ impl fmt::Debug for Secrets {
 impl fmt::Debug for Workspace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Workspace(…)")
+    }
+}
+
+impl fmt::Debug for OutputAccesses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OutputAccesses(…)")
+    }
+}
+
+impl fmt::Debug for OutputAccess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OutputAccess(…)")
+    }
+}
+
+impl fmt::Debug for OthersBuild {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "OthersBuild({})", self.id)
     }
 }
 

@@ -1,8 +1,12 @@
 //! The engine port: what runs a builder somewhere. It decides nothing: whether to build is the orchestrator's.
 
+use std::collections::BTreeMap;
+
 use async_trait::async_trait;
 use bytes::Bytes;
+use jiff::Timestamp;
 use schemars::JsonSchema;
+use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
@@ -58,6 +62,24 @@ pub struct Output {
     pub from: Cursor,
     /// Nothing follows, now or later.
     pub end: bool,
+}
+
+/// How a client that reads a run's output by itself gets to it, past this service.
+#[derive(Clone, Debug)]
+pub struct OutputAccess {
+    pub url: String,
+    /// Headers of each of its requests: they are credentials.
+    pub headers: BTreeMap<String, SecretString>,
+}
+
+/// A build that somebody else runs where an engine runs its own.
+#[derive(Clone, Debug)]
+pub struct OthersBuild {
+    pub id: String,
+    pub target_ref: String,
+    pub base_ref: String,
+    pub started_at: Option<Timestamp>,
+    pub output: Option<OutputAccess>,
 }
 
 /// An engine's refusal or trouble. None of them says anything of the build itself, but `Rejected`.
@@ -126,4 +148,15 @@ pub trait Engine: Send + Sync {
 
     /// The cursor `bytes` further on in an output.
     fn advance(&self, from: &Cursor, bytes: &[u8]) -> Cursor;
+
+    /// How a client gets to the output of a run by itself; `None` where it can't, on this engine or with this run, and
+    /// [`EngineError::Unavailable`] while that is not known yet.
+    async fn output_access(&self, _run: &RunId) -> Result<Option<OutputAccess>, EngineError> {
+        Ok(None)
+    }
+
+    /// What somebody else builds in the same place. None of it is ever touched.
+    async fn others(&self) -> Result<Vec<OthersBuild>, EngineError> {
+        Ok(Vec::new())
+    }
 }

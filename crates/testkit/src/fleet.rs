@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use kiln_proto::builder::image_builder_client::ImageBuilderClient;
 use kiln_proto::kiln_v1::builds_client::BuildsClient;
 use tempfile::TempDir;
 use tonic::transport::Channel;
@@ -26,6 +27,8 @@ pub struct Fleet {
     registry: String,
     seed: String,
     folder: TempDir,
+    /// Where the ws-manager is, if builders are workspaces.
+    ws_manager: Option<String>,
     pub processes: Vec<Process>,
 }
 
@@ -37,12 +40,34 @@ impl Fleet {
         seed: &str,
         roles: &[&'static str],
     ) -> Result<Self> {
+        Self::begin(program, registry, seed, roles, None).await
+    }
+
+    /// One whose builders are workspaces of the ws-manager at `address`, `host:port`.
+    pub async fn start_on_ws_manager(
+        program: &Path,
+        registry: &DockerRegistry,
+        seed: &str,
+        roles: &[&'static str],
+        address: &str,
+    ) -> Result<Self> {
+        Self::begin(program, registry, seed, roles, Some(address.to_owned())).await
+    }
+
+    async fn begin(
+        program: &Path,
+        registry: &DockerRegistry,
+        seed: &str,
+        roles: &[&'static str],
+        ws_manager: Option<String>,
+    ) -> Result<Self> {
         let mut fleet = Self {
             program: program.to_owned(),
             nats: nats::run_server().await?,
             registry: registry.address().to_owned(),
             seed: seed.to_owned(),
             folder: TempDir::with_prefix("kiln-fleet-")?,
+            ws_manager,
             processes: Vec::new(),
         };
         for role in roles {
@@ -65,6 +90,13 @@ impl Fleet {
         let stderr = self.folder.path().join("stderr.log");
         let mut environment = settings.environment();
         environment.push(("KILN_HOLDERS__LEASE_SECONDS".into(), LEASE_SECONDS.to_string()));
+        if let Some(address) = &self.ws_manager {
+            // An installation has one engine.
+            environment.retain(|(name, _)| !name.starts_with("KILN_ENGINE__LOCAL"));
+            environment.push(("KILN_ENGINE__WS_MANAGER__ADDRESS".into(), address.clone()));
+            environment.push(("KILN_ENGINE__WS_MANAGER__BUILDER_IMAGE".into(), "registry.test/bob:1".into()));
+            environment.push(("KILN_ORCHESTRATOR__SLOTS".into(), "100".into()));
+        }
         let mut process = Process::new(&self.program, role, &stderr, environment)?;
         process.start()?;
         self.processes.push(process);
@@ -74,6 +106,13 @@ impl Fleet {
     /// The local engine's folder of runs.
     pub fn runs(&self) -> PathBuf {
         self.folder.path().join("engine/runs")
+    }
+
+    /// A client of a gateway, in the API of image-builder-mk3.
+    pub async fn image_builder(&self) -> Result<ImageBuilderClient<Channel>> {
+        let gateway = self.process("gateway", 0)?;
+        let channel = Channel::from_shared(format!("http://{}", gateway.grpc()))?.connect().await?;
+        Ok(ImageBuilderClient::new(channel))
     }
 
     /// A client of each gateway.

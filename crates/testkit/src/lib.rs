@@ -3,6 +3,7 @@
 
 pub mod authority;
 pub mod bare;
+pub mod builders;
 pub mod engine;
 pub mod engine_conformance;
 pub mod fleet;

@@ -20,6 +20,7 @@ pub struct Process {
     environment: Vec<(String, String)>,
     stderr: PathBuf,
     health: SocketAddr,
+    metrics: SocketAddr,
     grpc: SocketAddr,
     client: reqwest::Client,
     child: Option<Child>,
@@ -40,6 +41,7 @@ impl Process {
             environment,
             stderr: stderr.to_owned(),
             health,
+            metrics,
             grpc,
             client: crate::registry::plain_client()?,
             child: None,
@@ -97,6 +99,13 @@ impl Process {
     pub async fn is_ready(&self) -> bool {
         let answer = self.client.get(format!("http://{}/ready", self.health)).timeout(ANSWER).send().await;
         answer.is_ok_and(|answer| answer.status().is_success())
+    }
+
+    /// What it counts, as text.
+    pub async fn metrics(&self) -> Result<String> {
+        let answer =
+            self.client.get(format!("http://{}/metrics", self.metrics)).timeout(ANSWER).send().await?;
+        Ok(answer.error_for_status()?.text().await?)
     }
 
     /// SIGKILL.

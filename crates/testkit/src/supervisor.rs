@@ -30,12 +30,14 @@ const NAMELESS: u32 = 1;
 /// The supervisors of all workspaces, on one port.
 #[derive(Clone)]
 pub struct Supervisors {
-    address: SocketAddr,
+    pub address: SocketAddr,
     shared: Arc<Shared>,
 }
 
 #[derive(Default)]
 struct Shared {
+    /// `host:port` in URLs, if it isn't our own address.
+    reached_at: Mutex<Option<String>>,
     terminals: Mutex<HashMap<String, Terminal>>,
     changed: watch::Sender<()>,
     cuts: watch::Sender<u32>,
@@ -66,11 +68,26 @@ impl Supervisors {
         let terminal =
             Terminal { owner_token: owner_token.into(), output: Vec::new(), exit_code: None, asked: 0 };
         self.shared.terminals().insert(id.to_owned(), terminal);
-        format!("http://{}/{id}", self.address)
+        let reached_at = self.shared.reached_at.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*reached_at {
+            Some(address) => format!("http://{address}/{id}"),
+            None => format!("http://{}/{id}", self.address),
+        }
+    }
+
+    /// URLs of supervisors that are yet to come name this `host:port`: a wire to here.
+    pub fn reach_at(&self, address: &str) {
+        let mut reached_at = self.shared.reached_at.lock().unwrap_or_else(PoisonError::into_inner);
+        *reached_at = Some(address.to_owned());
     }
 
     pub fn write(&self, id: &str, bytes: &[u8]) {
         self.change(id, |terminal| terminal.output.extend_from_slice(bytes));
+    }
+
+    /// All that was written so far.
+    pub fn output(&self, id: &str) -> Vec<u8> {
+        self.shared.terminals().get(id).map(|terminal| terminal.output.clone()).unwrap_or_default()
     }
 
     /// The task ends.

@@ -41,9 +41,14 @@ pub struct WsManager {
     stop: CancellationToken,
 }
 
+/// As [`Work::build`] gives it.
+type End = watch::Sender<Option<Result<(), String>>>;
+
 struct Shared {
     workspaces: Mutex<BTreeMap<String, WorkspaceStatus>>,
     stops: Mutex<BTreeMap<String, CancellationToken>>,
+    /// How the work of a workspace is over, if a test says so.
+    ends: Mutex<BTreeMap<String, End>>,
     changes: broadcast::Sender<WorkspaceStatus>,
     supervisors: Supervisors,
     work: Arc<dyn Work>,
@@ -52,6 +57,10 @@ struct Shared {
     /// So many starts are answered with UNAVAILABLE.
     unavailable: AtomicU32,
     starts: AtomicU32,
+    /// While it is set, a start is not answered, whatever becomes of the workspace.
+    answers_held: watch::Sender<bool>,
+    /// While it is set, workspaces are STOPPING and don't come to STOPPED.
+    stops_held: watch::Sender<bool>,
     /// Each change of it ends every subscription.
     cuts: watch::Sender<()>,
 }
@@ -64,9 +73,26 @@ pub struct Workspace {
     pub stop: CancellationToken,
 }
 
+/// Where a workspace writes.
+pub struct Terminal {
+    supervisors: Supervisors,
+    id: String,
+}
+
+impl Terminal {
+    pub fn write(&self, bytes: &[u8]) {
+        self.supervisors.write(&self.id, bytes);
+    }
+}
+
 impl Workspace {
     pub fn write(&self, text: &str) {
         self.supervisors.write(&self.request.id, text.as_bytes());
+    }
+
+    /// For who writes while the work goes on elsewhere.
+    pub fn terminal(&self) -> Terminal {
+        Terminal { supervisors: self.supervisors.clone(), id: self.request.id.clone() }
     }
 
     /// An annotation of it; empty if there is none.
@@ -83,6 +109,7 @@ impl WsManager {
         let shared = Arc::new(Shared {
             workspaces: Mutex::default(),
             stops: Mutex::default(),
+            ends: Mutex::default(),
             changes: broadcast::Sender::new(SUBSCRIBER),
             supervisors: supervisors.clone(),
             work,
@@ -90,6 +117,8 @@ impl WsManager {
             tasks: tasks.clone(),
             unavailable: AtomicU32::new(0),
             starts: AtomicU32::new(0),
+            answers_held: watch::Sender::default(),
+            stops_held: watch::Sender::default(),
             cuts: watch::Sender::default(),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await?;
@@ -107,6 +136,25 @@ impl WsManager {
         self.shared.unavailable.store(times, Ordering::SeqCst);
     }
 
+    /// Starts are not answered as long as this holds, though workspaces are started.
+    pub fn hold_answers(&self, held: bool) {
+        self.shared.answers_held.send_replace(held);
+    }
+
+    /// Workspaces stay STOPPING as long as this holds.
+    pub fn hold_stops(&self, held: bool) {
+        self.shared.stops_held.send_replace(held);
+    }
+
+    /// Waits until a workspace has come to this phase.
+    pub async fn until(&self, id: &str, phase: WorkspacePhase) {
+        let mut changes = self.shared.changes.subscribe();
+        while self.shared.workspaces().get(id).is_none_or(|status| status.phase() != phase) {
+            // What was missed is in the list.
+            let _ = changes.recv().await;
+        }
+    }
+
     /// How many starts were asked for, refused ones too.
     pub fn starts(&self) -> u32 {
         self.shared.starts.load(Ordering::SeqCst)
@@ -121,6 +169,16 @@ impl WsManager {
     pub fn vanish(&self, id: &str) {
         self.shared.workspaces().remove(id);
         self.shared.supervisors.remove(id);
+    }
+
+    /// Its work is over, well, whatever it was at.
+    pub fn finish(&self, id: &str) {
+        self.shared.end_of(id).send_replace(Some(Ok(())));
+    }
+
+    /// Its work is over with an error.
+    pub fn fail(&self, id: &str, error: &str) {
+        self.shared.end_of(id).send_replace(Some(Err(error.to_owned())));
     }
 
     /// Somebody else started this.
@@ -152,6 +210,11 @@ impl Shared {
         self.workspaces.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn end_of(&self, id: &str) -> End {
+        let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        ends.entry(id.to_owned()).or_default().clone()
+    }
+
     fn change(&self, id: &str, change: impl FnOnce(&mut WorkspaceStatus)) {
         let mut all = self.workspaces();
         let status = all.entry(id.to_owned()).or_default();
@@ -172,8 +235,10 @@ impl Shared {
             self.change(&id, |status| status.set_phase(phase));
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        let mut end = self.end_of(&id).subscribe();
         let worked = tokio::select! {
             worked = self.work.build(&workspace) => Some(worked),
+            Ok(said) = end.wait_for(Option::is_some) => said.clone(),
             () = workspace.stop.cancelled() => None,
         };
         match &worked {
@@ -184,9 +249,10 @@ impl Shared {
             Some(Ok(())) => {}
         }
         self.supervisors.exit(&id, i32::from(!matches!(worked, Some(Ok(())))));
-        for phase in [WorkspacePhase::Stopping, WorkspacePhase::Stopped] {
-            self.change(&id, |status| status.set_phase(phase));
-        }
+        self.change(&id, |status| status.set_phase(WorkspacePhase::Stopping));
+        // Mostly it doesn't wait: STOPPED comes right after.
+        let _ = self.stops_held.subscribe().wait_for(|held| !held).await;
+        self.change(&id, |status| status.set_phase(WorkspacePhase::Stopped));
     }
 }
 
@@ -274,6 +340,7 @@ impl WorkspaceManager for Service {
         });
         let workspace = Workspace { request, supervisors: shared.supervisors.clone(), stop };
         shared.tasks.spawn(shared.clone().run(workspace));
+        let _ = shared.answers_held.subscribe().wait_for(|held| !held).await;
         Ok(Response::new(wsman::StartWorkspaceResponse { url, owner_token }))
     }
 

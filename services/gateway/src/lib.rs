@@ -2,7 +2,7 @@
 //!
 //! - *I am asked* by clients, over gRPC, in our own API and in that of image-builder-mk3: to build, watch, list, cancel,
 //!   resolve, and for logs; over HTTP for logs.
-//! - *I ask* an orchestrator to build and cancel, a resolver to resolve; records and logs I read from the bus myself.
+//! - *I ask* an orchestrator to build and cancel, and where a build's output is; a resolver to resolve; records and logs I read from the bus myself.
 //! - *I tell* nobody anything but my callers.
 //! - *I never* decide what becomes of a build, append to a stream, or speak to a registry, a git remote or an engine.
 
@@ -43,7 +43,7 @@ use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 
 use crate::builds::BuildsApi;
-use crate::compat::ImageBuilderApi;
+use crate::compat::{Handled, ImageBuilderApi};
 pub use crate::config::{ClientAuth, Config, TlsConfig};
 use crate::cut::Cuts;
 use crate::log::BuildLogs;
@@ -56,6 +56,9 @@ use crate::tls::Tls;
 /// The role's name, of its connection.
 pub const ROLE: &str = "gateway";
 
+/// Of what it counts, but for what mk3's dashboards know.
+const PREFIX: &str = "kiln_gateway";
+
 /// Finished builds in its view, which is what is listed.
 const FINISHED_KEPT: usize = 20_000;
 
@@ -67,6 +70,7 @@ pub struct Parts {
     pub bus: Bus,
     pub seal_key: SealKey,
     pub listener: TcpListener,
+    /// Without a prefix: some of its metrics have the names that mk3 gave them.
     pub metrics: Registry,
 }
 
@@ -98,7 +102,9 @@ pub async fn run(
     let journal = Journal::open(&bus).await.context("open the journal")?;
     let steps = Steps::start(&logs, &view, &tasks, &ended);
     let readers = Gauge::default();
-    metrics.register("log_readers", "Reads of logs that go on, over gRPC and HTTP", readers.clone());
+    let handled = Handled::register(&mut metrics);
+    let own_metrics = metrics.sub_registry_with_prefix(PREFIX);
+    own_metrics.register("log_readers", "Reads of logs that go on, over gRPC and HTTP", readers.clone());
     let build_logs = BuildLogs {
         view: view.clone(),
         journal: journal.clone(),
@@ -117,9 +123,10 @@ pub async fn run(
         bus,
         view: view.clone(),
         seal_key,
-        metrics: Metrics::register(&mut metrics),
+        metrics: Metrics::register(own_metrics),
     });
-    let image_builder = ImageBuilderServer::new(ImageBuilderApi::new(api.clone()))
+    let image_builder = ImageBuilderApi::new(api.clone(), handled).context("a key for answers")?;
+    let image_builder = ImageBuilderServer::new(image_builder)
         .max_decoding_message_size(MESSAGE_BYTES)
         .max_encoding_message_size(MESSAGE_BYTES);
     let builds = BuildsServer::from_arc(api)
@@ -161,7 +168,7 @@ pub async fn run(
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
         .max_connection_age_grace(Duration::from_secs(5))
-        .add_routes(http::routes(services, build_logs, &mut metrics));
+        .add_routes(http::routes(services, build_logs, own_metrics));
     let stopped = stop.cancelled();
     let serving = async {
         match tls {

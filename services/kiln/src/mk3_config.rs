@@ -20,7 +20,7 @@ pub(crate) struct Layer {
 }
 
 /// mk3's key, and ours.
-const KEYS: [(&str, &str); 12] = [
+const KEYS: [(&str, &str); 13] = [
     ("orchestrator.baseImageRepository", "orchestrator.base_image_repository"),
     ("orchestrator.workspaceImageRepository", "orchestrator.workspace_image_repository"),
     ("orchestrator.wsman.address", "engine.ws_manager.address"),
@@ -29,20 +29,26 @@ const KEYS: [(&str, &str); 12] = [
     ("orchestrator.wsman.tls.key", "engine.ws_manager.tls.key"),
     ("orchestrator.builderImage", "engine.ws_manager.builder_image"),
     ("orchestrator.pullSecret", "engine.ws_manager.pull_secret"),
+    ("orchestrator.pullSecretFile", "credentials.docker_config"),
     ("refCache.refs", "cache_warmer.refs"),
     ("server.services.grpc.tls.certPath", "gateway.tls.certificate"),
     ("server.services.grpc.tls.keyPath", "gateway.tls.key"),
     ("server.services.grpc.tls.caPath", "gateway.tls.client_ca"),
 ];
 
+/// Whether Amazon's registries are spoken to with tokens of this process's identity: `true` there, a section here.
+const ECR: &str = "orchestrator.enableAdditionalECRAuth";
+
+/// How many workspaces an orchestrator has at once.
+const WORKSPACES: u32 = 400;
+
 const ADDRESS: &str = "server.services.grpc.address";
 
 /// Keys of mk3 that mean nothing here, and why not.
-const WITHOUT_MEANING: [(&str, &str); 4] = [
+const WITHOUT_MEANING: [(&str, &str); 3] = [
     ("refCache.interval", "references are kept younger than `cache_warmer.keep_younger_than_seconds`"),
     ("orchestrator.subassemblyBucketName", "no subassemblies are made, as mk3 made none"),
     ("orchestrator.subassemblyBucketPrefix", "no subassemblies are made, as mk3 made none"),
-    ("orchestrator.enableAdditionalECRAuth", "no tokens of Amazon's registries are fetched"),
 ];
 
 /// Reads a file, and logs what of it means nothing here. Without a file it is empty.
@@ -71,6 +77,9 @@ fn translate(mut file: Value) -> anyhow::Result<(Layer, Vec<String>)> {
             put(&mut layer.keys, ours, value);
         }
     }
+    if take(&mut file, ECR).is_some() {
+        put(&mut layer.keys, "credentials.ecr", Value::Object(Map::new()));
+    }
     let mut ignored = Vec::new();
     // Without a ws-manager builders are this host's, and need no image.
     let has_ws_manager =
@@ -80,6 +89,10 @@ fn translate(mut file: Value) -> anyhow::Result<(Layer, Vec<String>)> {
             "`orchestrator.builderImage` and `pullSecret` have no meaning without `orchestrator.wsman`"
                 .into(),
         );
+    }
+    if has_ws_manager {
+        // A workspace takes nothing of this process's host: mk3 had no bound at all.
+        put(&mut layer.keys, "orchestrator.slots", Value::from(WORKSPACES));
     }
     if let Some(address) = take(&mut file, ADDRESS) {
         let address = address.as_str().with_context(|| format!("`{ADDRESS}`: expected a string"))?;
@@ -188,8 +201,10 @@ mod tests {
         let expected = json!({
             "orchestrator": {
                 "base_image_repository": "eu.gcr.io/gitpod/base-images",
-                "workspace_image_repository": "eu.gcr.io/gitpod/workspace-images"
+                "workspace_image_repository": "eu.gcr.io/gitpod/workspace-images",
+                "slots": 400
             },
+            "credentials": {"docker_config": "/config/pull-secret.json"},
             "engine": {
                 "ws_manager": {
                     "address": "ws-manager-mk2:8080",
@@ -211,10 +226,17 @@ mod tests {
             !ignored.iter().any(|line| line.contains("ubassembly") || line.contains("ECR")),
             "{ignored:?}"
         );
-        for key in ["refCache.interval", "orchestrator.pullSecretFile"] {
-            assert!(ignored.iter().any(|line| line.contains(&format!("`{key}`"))), "{key}: {ignored:?}");
-        }
-        assert!(!format!("{ignored:?}").contains("pull-secret.json"), "a value is shown");
+        assert!(ignored.iter().any(|line| line.contains("`refCache.interval`")), "{ignored:?}");
+        assert!(!format!("{ignored:?}").contains("6h0m0s"), "a value is shown");
+    }
+
+    #[test]
+    fn tokens_of_amazons_registries_are_fetched_where_the_file_says_so() {
+        let mut file = file();
+        file["orchestrator"]["enableAdditionalECRAuth"] = json!(true);
+        let (layer, ignored) = translate(file).unwrap();
+        assert_eq!(layer.keys["credentials"]["ecr"], json!({}));
+        assert!(!ignored.iter().any(|line| line.contains("ECR")), "{ignored:?}");
     }
 
     #[test]

@@ -201,7 +201,9 @@ impl Shared {
         {
             tracing::warn!(build.id = %id, "the secrets of a build that was not begun stay until they are swept: {error}");
         }
-        appended.map(|entry| Accepted::Build { entry, joined: false })
+        let entry = appended?;
+        self.metrics.accepted();
+        Ok(Accepted::Build { entry, joined: false })
     }
 
     fn sealed_nothing(&self) -> Result<Bytes, BusError> {

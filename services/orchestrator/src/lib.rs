@@ -48,6 +48,9 @@ use crate::resolver::Resolver;
 /// The role's name: of its lease, and of its connection.
 pub const ROLE: &str = "orchestrator";
 
+/// Of what it counts, but for what image-builder-mk3's dashboards know.
+pub const PREFIX: &str = "kiln_orchestrator";
+
 /// Finished builds in its view: it acts on none of them, and looks up a few.
 const FINISHED_KEPT: usize = 500;
 
@@ -61,6 +64,7 @@ pub struct Parts {
     /// See [`Holders::start`].
     pub life: String,
     pub lease: Lease,
+    /// Without a prefix: some of its metrics have the names that image-builder-mk3 gave them.
     pub metrics: Registry,
 }
 
@@ -109,7 +113,8 @@ pub async fn run(
         open_key,
     });
     if stop.run_until_cancelled(shared.view.caught_up()).await.is_some() {
-        let server = Server::start(&bus, ROLE, &mut metrics).await.context("serve")?;
+        let server =
+            Server::start(&bus, ROLE, metrics.sub_registry_with_prefix(PREFIX)).await.context("serve")?;
         handlers::serve(&server, &shared).await.context("serve")?;
         ready(metrics);
         let cleaning = stop.run_until_cancelled(cleanup::keep(&shared));

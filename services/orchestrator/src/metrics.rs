@@ -1,6 +1,7 @@
 //! What an orchestrator counts. Each build is counted once, by the one whose append made it so.
 
 use kiln_bus::journal::Entry;
+use kiln_domain::record::State;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -8,13 +9,42 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
+use crate::PREFIX;
+
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Result {
     result: &'static str,
     reason: &'static str,
 }
 
+/// What image-builder-mk3's dashboards and alerts know, under its names. A build is started once it is accepted, so that
+/// every started one is once done: also one that ends before it has a builder.
+struct Mk3 {
+    started: Counter,
+    done: Family<Success, Counter>,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Success {
+    success: &'static str,
+}
+
+impl Mk3 {
+    fn register(registry: &mut Registry) -> Self {
+        let mk3 = Self { started: Counter::default(), done: Family::default() };
+        for success in ["true", "false"] {
+            // Shown from the beginning, for rates.
+            drop(mk3.done.get_or_create(&Success { success }));
+        }
+        let registry = registry.sub_registry_with_prefix("gitpod_image_builder");
+        registry.register("builds_started", "Builds that were begun", mk3.started.clone());
+        registry.register("builds_done", "Builds that ended, by success", mk3.done.clone());
+        mk3
+    }
+}
+
 pub(crate) struct Metrics {
+    mk3: Mk3,
     started: Counter,
     retried: Counter,
     lost: Counter,
@@ -27,6 +57,7 @@ pub(crate) struct Metrics {
 impl Metrics {
     pub(crate) fn register(registry: &mut Registry) -> Self {
         let metrics = Self {
+            mk3: Mk3::register(registry),
             started: Counter::default(),
             retried: Counter::default(),
             lost: Counter::default(),
@@ -35,6 +66,7 @@ impl Metrics {
             running: Gauge::default(),
             queued: Gauge::default(),
         };
+        let registry = registry.sub_registry_with_prefix(PREFIX);
         registry.register(
             "builds_started",
             "Builds whose first builder was started",
@@ -55,6 +87,10 @@ impl Metrics {
             metrics.queued.clone(),
         );
         metrics
+    }
+
+    pub(crate) fn accepted(&self) {
+        self.mk3.started.inc();
     }
 
     pub(crate) fn started(&self, entry: &Entry) {
@@ -78,6 +114,8 @@ impl Metrics {
             reason: record.reason.map_or("", |reason| reason.as_str()),
         };
         self.done.get_or_create(&labels).inc();
+        let success = if record.state == State::Succeeded { "true" } else { "false" };
+        self.mk3.done.get_or_create(&Success { success }).inc();
         if let (Some(queued), Some(finished)) = (record.queued_at, record.finished_at) {
             self.seconds.get_or_create(&labels).observe(finished.duration_since(queued).as_secs_f64());
         }

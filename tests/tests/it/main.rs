@@ -3,6 +3,7 @@
 #![cfg(test)]
 
 mod chaos;
+mod drop_in;
 mod house_rules;
 mod model;
 mod schemas;

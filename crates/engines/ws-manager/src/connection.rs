@@ -12,8 +12,10 @@ use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tonic::Status;
 use tonic::transport::{Channel, Endpoint, Uri};
 
+use crate::alerts::Alerting;
 use crate::config::{Config, Tls};
 
 /// The name in its certificate, whatever its address.
@@ -72,13 +74,27 @@ pub(crate) fn http() -> Result<reqwest::Client, Error> {
     reqwest::Client::builder().connect_timeout(CONNECT).build().map_err(Error::Http)
 }
 
+/// What ws-manager, or the way to it, has against a call: with the causes, which its own text leaves out.
+pub(crate) fn told(status: &Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        let words = error.to_string();
+        if !text.contains(&words) {
+            text = format!("{text}: {words}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
 async fn connect(address: &str, tls: Option<&Tls>) -> io::Result<Box<dyn Wire>> {
     let tcp = TcpStream::connect(address).await?;
     tcp.set_nodelay(true)?;
     let Some(tls) = tls else { return Ok(Box::new(tcp)) };
     let connector = TlsConnector::from(Arc::new(client(tls).map_err(io::Error::other)?));
     let name = ServerName::try_from(SERVER_NAME).map_err(io::Error::other)?;
-    Ok(Box::new(connector.connect(name, tcp).await?))
+    Ok(Box::new(Alerting(connector.connect(name, tcp).await?)))
 }
 
 fn client(tls: &Tls) -> Result<ClientConfig, Error> {

@@ -9,8 +9,10 @@
 //! ws-manager can't fence: a workspace may be created by a request that was under way when its run was revoked. Such a one
 //! is stopped on sight.
 
+mod alerts;
 mod config;
 mod connection;
+mod cursor_key;
 mod output;
 mod overlap;
 mod request;
@@ -24,7 +26,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use kiln_domain::engine::{Cursor, Engine, EngineError, Handle, Observed, Output};
+use jiff::Timestamp;
+use kiln_domain::engine::{Cursor, Engine, EngineError, Handle, Observed, OthersBuild, Output, OutputAccess};
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::id::RunId;
 use kiln_domain::reference::{Digest, ImageReference};
@@ -35,6 +38,8 @@ use tokio::time::sleep;
 use tonic::Code;
 
 pub use crate::config::{Config, Tls};
+use crate::connection::told;
+pub use crate::cursor_key::CursorKey;
 use crate::output::Outputs;
 pub use crate::revocations::{Mark, Revocations};
 use crate::state::{End, State};
@@ -58,6 +63,7 @@ pub struct WsManagerEngine {
     config: Config,
     workspaces: Arc<Workspaces>,
     outputs: Outputs,
+    cursor_key: Arc<CursorKey>,
     revocations: Arc<dyn Revocations>,
     registry: Arc<dyn Registry>,
     /// How runs ended that a registry was asked about: the same answer each time.
@@ -70,12 +76,14 @@ impl WsManagerEngine {
         config: Config,
         revocations: Arc<dyn Revocations>,
         registry: Arc<dyn Registry>,
+        cursor_key: CursorKey,
     ) -> Result<Self, connection::Error> {
         let channel = connection::channel(&config)?;
         let http = connection::http()?;
         let workspaces = Workspaces::follow(channel, revocations.clone());
-        let outputs = Outputs::new(workspaces.clone(), http);
-        Ok(Self { config, workspaces, outputs, revocations, registry, ended: Mutex::default() })
+        let cursor_key = Arc::new(cursor_key);
+        let outputs = Outputs::new(workspaces.clone(), http, cursor_key.clone());
+        Ok(Self { config, workspaces, outputs, cursor_key, revocations, registry, ended: Mutex::default() })
     }
 
     /// Ends the engine's own tasks; workspaces run on.
@@ -149,6 +157,28 @@ impl WsManagerEngine {
     }
 }
 
+/// As image-builder-mk3 tells it; `None` where something is missing.
+fn access(url: &str, owner_token: &str) -> Option<OutputAccess> {
+    if url.is_empty() || owner_token.is_empty() {
+        return None;
+    }
+    let headers = [(supervisor::OWNER_TOKEN.to_owned(), owner_token.into())].into();
+    Some(OutputAccess { url: url.to_owned(), headers })
+}
+
+fn others_build(status: &wsman::WorkspaceStatus) -> OthersBuild {
+    let started = status.metadata.as_ref().and_then(|metadata| metadata.started_at.as_ref());
+    let base = status.metadata.as_ref().and_then(|metadata| metadata.annotations.get(state::BASE));
+    let state = State::of(status);
+    OthersBuild {
+        id: status.id.clone(),
+        base_ref: base.cloned().unwrap_or_default(),
+        started_at: started.and_then(|at| Timestamp::new(at.seconds, at.nanos).ok()),
+        output: access(&state.url, &state.owner_token),
+        target_ref: state.target,
+    }
+}
+
 fn outcome(result: RunResult) -> Outcome {
     Outcome { result, findings: Findings::default() }
 }
@@ -189,7 +219,7 @@ impl Engine for WsManagerEngine {
                 Err(status) if status.code() == Code::AlreadyExists => return Ok(handle),
                 Err(status) => status,
             };
-            tracing::warn!(run.id = %run, "ws-manager does not start `{run}`: {}", refused.message());
+            tracing::warn!(run.id = %run, "ws-manager does not start `{run}`: {}", told(&refused));
             match refused.code() {
                 Code::Unavailable if tried < STARTS => sleep(BETWEEN_STARTS).await,
                 // It will never take this.
@@ -197,11 +227,11 @@ impl Engine for WsManagerEngine {
                 | Code::PermissionDenied
                 | Code::Unauthenticated
                 | Code::Unimplemented => {
-                    let message = format!("ws-manager refused the workspace: {}", refused.message());
+                    let message = format!("ws-manager refused the workspace: {}", told(&refused));
                     return Err(EngineError::Rejected(Failure::new(FailureReason::Internal, message)));
                 }
                 // Full, under maintenance, or in trouble.
-                _ => return Err(EngineError::Unavailable(refused.message().to_owned())),
+                _ => return Err(EngineError::Unavailable(told(&refused))),
             }
         }
     }
@@ -242,7 +272,7 @@ impl Engine for WsManagerEngine {
         match self.workspaces.stop(request, STOP).await {
             Ok(()) => Ok(()),
             Err(status) if status.code() == Code::NotFound => Ok(()),
-            Err(status) => Err(EngineError::Unavailable(status.message().to_owned())),
+            Err(status) => Err(EngineError::Unavailable(told(&status))),
         }
     }
 
@@ -273,6 +303,25 @@ impl Engine for WsManagerEngine {
     }
 
     fn advance(&self, from: &Cursor, bytes: &[u8]) -> Cursor {
-        overlap::Place::of(from).advanced(bytes).cursor()
+        self.cursor_key.cursor(&self.cursor_key.place(from).advanced(bytes))
+    }
+
+    async fn output_access(&self, run: &RunId) -> Result<Option<OutputAccess>, EngineError> {
+        let known = self.workspaces.get(run).and_then(|state| access(&state.url, &state.owner_token));
+        if known.is_some() {
+            return Ok(known);
+        }
+        let Some(state) = self.workspaces.ask(run).await? else { return Err(EngineError::Gone) };
+        match access(&state.url, &state.owner_token) {
+            None if state.end.is_none() => {
+                Err(EngineError::Unavailable("the workspace has no URL yet".to_owned()))
+            }
+            access => Ok(access),
+        }
+    }
+
+    async fn others(&self) -> Result<Vec<OthersBuild>, EngineError> {
+        let others = self.workspaces.others().await?;
+        Ok(others.iter().map(others_build).collect())
     }
 }

@@ -13,6 +13,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::cursor_key::CursorKey;
 use crate::overlap::{Found, Place, RING};
 use crate::supervisor::{Heard, Supervisor, Trouble};
 use crate::workspaces::Workspaces;
@@ -31,6 +32,7 @@ const LAST_TRIES: u32 = 5;
 pub(crate) struct Outputs {
     http: reqwest::Client,
     workspaces: Arc<Workspaces>,
+    key: Arc<CursorKey>,
     readings: Mutex<HashMap<RunId, Arc<Reading>>>,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -63,10 +65,11 @@ enum Over {
 }
 
 impl Outputs {
-    pub(crate) fn new(workspaces: Arc<Workspaces>, http: reqwest::Client) -> Self {
+    pub(crate) fn new(workspaces: Arc<Workspaces>, http: reqwest::Client, key: Arc<CursorKey>) -> Self {
         Self {
             http,
             workspaces,
+            key,
             readings: Mutex::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -89,11 +92,11 @@ impl Outputs {
         if !self.workspaces.knows(run) && self.workspaces.ask(run).await?.is_none() {
             return Err(EngineError::Gone);
         }
-        let place = Place::of(from);
+        let place = self.key.place(from);
         let reading = self.reading(run, &place);
         let mut changed = reading.changed.subscribe();
         loop {
-            if let Some(output) = reading.held().output(&place, max) {
+            if let Some(output) = reading.held().output(&place, max, &self.key) {
                 return output;
             }
             if timeout(WAIT, changed.changed()).await.is_err() {
@@ -231,7 +234,7 @@ impl Held {
     }
 
     /// What follows a place; `None` while there is nothing yet.
-    fn output(&self, place: &Place, max: usize) -> Option<Result<Output, EngineError>> {
+    fn output(&self, place: &Place, max: usize, key: &CursorKey) -> Option<Result<Output, EngineError>> {
         let begin = self.begin.offset;
         let from = usize::try_from(place.offset.saturating_sub(begin)).unwrap_or(usize::MAX);
         let bytes = self.bytes.get(from..).unwrap_or_default();
@@ -242,7 +245,7 @@ impl Held {
             Some(Over::Gone) if bytes.is_empty() => Some(Err(EngineError::Gone)),
             over => Some(Ok(Output {
                 bytes: Bytes::copy_from_slice(bytes),
-                from: if place.offset < begin { self.begin.cursor() } else { place.cursor() },
+                from: key.cursor(if place.offset < begin { &self.begin } else { place }),
                 end: over == Some(Over::Whole) && is_last,
             })),
         }

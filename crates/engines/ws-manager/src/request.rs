@@ -177,12 +177,13 @@ struct Login<'a> {
     auth: String,
 }
 
-/// The caller's own credentials as Docker's configuration has them. Never for the registry that is pushed to: that is the
-/// pull secret's.
+/// The credentials that the request may use, as Docker's configuration has them; and for the registry of base images the
+/// installation's own, for it is pushed to as well. Never for the target's registry: that is the pull secret's.
 fn additional_auth(secrets: &RunSecrets, target: &str) -> Result<String, Failure> {
     let logins: BTreeMap<&str, Login<'_>> = secrets
         .registries
         .iter()
+        .chain(&secrets.push)
         .filter(|(host, _)| host.as_str() != target)
         .filter_map(|(host, pair)| {
             let (username, password) = pair.expose_secret().split_once(':')?;
@@ -264,8 +265,13 @@ mod tests {
                 initializer: STANDARD.encode(given.encode_to_vec()).into(),
                 supervisor_ref: "r.test/supervisor:2".into(),
             }),
-            registries: [("quay.io".to_owned(), "u:p:w".into()), ("r.test".to_owned(), "no:one".into())]
-                .into(),
+            registries: [
+                ("quay.io".to_owned(), "u:p:w".into()),
+                ("r.test".to_owned(), "no:one".into()),
+                ("base.test".to_owned(), "ann:can't push".into()),
+            ]
+            .into(),
+            push: [("r.test".to_owned(), "no:one".into()), ("base.test".to_owned(), "b:w".into())].into(),
             ..Default::default()
         };
         let spec = spec(dockerfile(|_| {}));
@@ -302,7 +308,7 @@ mod tests {
             ("WORKSPACEKIT_BOBPROXY_TARGETREF", "r.test/workspace:x"),
             (
                 "WORKSPACEKIT_BOBPROXY_ADDITIONALAUTH",
-                r#"{"quay.io":{"username":"u","password":"p:w","auth":"dTpwOnc="}}"#,
+                r#"{"base.test":{"username":"b","password":"w","auth":"Yjp3"},"quay.io":{"username":"u","password":"p:w","auth":"dTpwOnc="}}"#,
             ),
         ] {
             assert_eq!(variable(&request, name).value, value, "{name}");

@@ -13,6 +13,9 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// The largest JSON value that is taken: a supervisor's are some 6 KiB.
 const LARGEST: usize = 1 << 20;
 
+/// The header that says that a reader may read.
+pub(crate) const OWNER_TOKEN: &str = "x-gitpod-owner-token";
+
 /// Who asks which supervisor.
 #[derive(Clone)]
 pub(crate) struct Supervisor {
@@ -84,7 +87,7 @@ impl Supervisor {
 
     async fn get(&self, path: &str) -> Result<reqwest::Response, Trouble> {
         let url = format!("{}/_supervisor/v1/{path}", self.url.trim_end_matches('/'));
-        let request = self.http.get(url).header("x-gitpod-owner-token", &self.owner_token).send();
+        let request = self.http.get(url).header(OWNER_TOKEN, &self.owner_token).send();
         let response = tokio::time::timeout(ANSWER, request).await.map_err(|_| Trouble::NotYet)??;
         match response.status() {
             status if status.is_success() => Ok(response),

@@ -9,6 +9,7 @@ use kiln_domain::engine::EngineError;
 use kiln_domain::id::RunId;
 use kiln_domain::reference::ImageReference;
 use kiln_proto::wsman;
+use kiln_proto::wsman::WorkspacePhase;
 use kiln_proto::wsman::workspace_manager_client::WorkspaceManagerClient;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep};
@@ -17,6 +18,7 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
+use crate::connection::told;
 use crate::revocations::Revocations;
 use crate::state::{MANAGED_BY, State, run_of};
 
@@ -136,9 +138,20 @@ impl Workspaces {
                 }
             }
             Err(status) if status.code() == Code::NotFound => self.gone(run),
-            Err(status) => return Err(EngineError::Unavailable(format!("ws-manager: {}", status.message()))),
+            Err(status) => return Err(EngineError::Unavailable(format!("ws-manager: {}", told(&status)))),
         }
         Ok(self.get(run))
+    }
+
+    /// The workspaces that build images and are no runs of ours, as ws-manager has them now.
+    pub(crate) async fn others(&self) -> Result<Vec<wsman::WorkspaceStatus>, EngineError> {
+        let mut client = self.client.clone();
+        let request = wsman::GetWorkspacesRequest { must_match: Some(image_builds()) };
+        let all = in_time(ANSWER, client.get_workspaces(request)).await;
+        let all = all.map_err(|status| EngineError::Unavailable(format!("ws-manager: {}", told(&status))))?;
+        let mut others = all.into_inner().status;
+        others.retain(|status| run_of(status).is_none() && status.phase() != WorkspacePhase::Stopped);
+        Ok(others)
     }
 
     async fn follow_on(&self) {
@@ -151,7 +164,7 @@ impl Workspaces {
                 (pause, said) = (FIRST_PAUSE, false);
             }
             if !std::mem::replace(&mut said, true) {
-                tracing::warn!("ws-manager can't be followed now: {}", error.message());
+                tracing::warn!("ws-manager can't be followed now: {}", told(&error));
             }
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -160,7 +173,7 @@ impl Workspaces {
 
     async fn follow_once(&self, heard: &mut bool) -> Result<(), Status> {
         let mut client = self.client.clone();
-        let request = wsman::SubscribeRequest { must_match: Some(ours()) };
+        let request = wsman::SubscribeRequest { must_match: Some(image_builds()) };
         let subscribing = client.subscribe(request);
         tokio::pin!(subscribing);
         let mut looks = interval(LOOK);
@@ -206,7 +219,7 @@ impl Workspaces {
         // Who was started after this may rightly be missing in the answer.
         let before: Vec<RunId> = self.known().keys().cloned().collect();
         let mut client = self.client.clone();
-        let request = wsman::GetWorkspacesRequest { must_match: Some(ours()) };
+        let request = wsman::GetWorkspacesRequest { must_match: Some(image_builds()) };
         let all = in_time(ANSWER, client.get_workspaces(request)).await?.into_inner().status;
         let there: HashMap<RunId, wsman::WorkspaceStatus> =
             all.into_iter().filter_map(|status| Some((run_of(&status)?, status))).collect();
@@ -230,7 +243,7 @@ impl Workspaces {
             let mut request = wsman::StopWorkspaceRequest { id: run.to_string(), ..Default::default() };
             request.set_policy(wsman::StopWorkspacePolicy::Immediately);
             if let Err(status) = self.stop(request, ANSWER).await {
-                tracing::warn!(run.id = %run, "workspace `{run}` can't be stopped now: {}", status.message());
+                tracing::warn!(run.id = %run, "workspace `{run}` can't be stopped now: {}", told(&status));
             }
         }
     }
@@ -272,8 +285,8 @@ impl Workspaces {
     }
 }
 
-/// The workspaces that build images, ours and the old service's.
-fn ours() -> wsman::MetadataFilter {
+/// The workspaces that build images, our runs and the old service's.
+fn image_builds() -> wsman::MetadataFilter {
     let annotations = [(MANAGED_BY.0.to_owned(), MANAGED_BY.1.to_owned())].into();
     wsman::MetadataFilter { annotations, ..Default::default() }
 }

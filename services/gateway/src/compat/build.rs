@@ -1,23 +1,18 @@
 //! Build: finds the image, or begins its build or joins it, and tells how it goes on.
 
-use futures::{StreamExt as _, stream};
-use kiln_bus::journal::Journal;
-use kiln_bus::view::View;
+use futures::stream;
 use kiln_contract::error::{Code, Refusal};
 use kiln_contract::orchestrator as ask;
-use kiln_domain::id::BuildId;
-use kiln_domain::record::Record;
 use kiln_domain::reference::ImageReference;
 use kiln_domain::source::{Source, check_text};
 use kiln_proto::builder as api;
-use tokio::sync::broadcast::error::RecvError;
 use tonic::Status;
 
 use crate::builds::{Answers, PATIENCE};
+use crate::compat::ImageBuilderApi;
 use crate::compat::auth::registry_auth;
+use crate::compat::follow::follow;
 use crate::compat::source::given;
-use crate::compat::{ImageBuilderApi, info};
-use crate::cut::until_cut;
 use crate::status;
 
 /// What a client is told while an orchestrator, a registry or the bus can't be asked. It tries again at UNAVAILABLE.
@@ -55,7 +50,7 @@ impl ImageBuilderApi {
         match (answer.build, answer.already_built) {
             (Some(build), _) => {
                 let record = build.record().map_err(|error| not_started(&error))?;
-                Ok(self.followed(&record))
+                Ok(follow(&self.builds, &self.log_infos, &record))
             }
             (None, Some(built)) => Ok(only(found(built.target_ref, built.base_ref))),
             (None, None) => Err(Status::internal(
@@ -75,42 +70,6 @@ impl ImageBuilderApi {
         };
         let answer = self.ask_for(&Source::Image(base), "").await.map_err(|error| not_started(&error))?;
         Ok(answer.exists.then(|| found(answer.target_ref, answer.base_ref)))
-    }
-
-    /// `running` at once, then the build's end. Whoever drops the stream ends nothing but the stream.
-    fn followed(&self, record: &Record) -> Answers<api::BuildResponse> {
-        let running = api::BuildResponse {
-            status: api::BuildStatus::Running.into(),
-            message: String::new(),
-            ..info::response(record)
-        };
-        let (view, journal, id) = (self.builds.view.clone(), self.builds.journal.clone(), record.id.clone());
-        let done = async move { ended(&view, &journal, &id).await.map(|record| info::response(&record)) };
-        let all = stream::once(async { Ok(running) }).chain(stream::once(done));
-        Box::pin(until_cut(all, self.builds.cuts.cut()))
-    }
-}
-
-/// The record of a build that is over, waited for.
-async fn ended(view: &View, journal: &Journal, id: &BuildId) -> Result<Record, Status> {
-    let mut changes = view.changes();
-    loop {
-        match view.get(id) {
-            Some(entry) if entry.record.state.is_terminal() => return Ok(entry.record.clone()),
-            Some(_) => {}
-            // Not in the view yet, or not any more.
-            None if view.is_caught_up() => match journal.last_of_build(id).await {
-                Ok(Some(entry)) if entry.record.state.is_terminal() => return Ok(entry.record),
-                Ok(Some(_)) => {}
-                Ok(None) => return Err(Status::aborted("subscription canceled - please try again")),
-                Err(error) => tracing::debug!(build.id = %id, "the journal can't be asked now: {error}"),
-            },
-            None => {}
-        }
-        // A lag only makes us look again.
-        if matches!(changes.recv().await, Err(RecvError::Closed)) {
-            return Err(Status::unavailable("this gateway is shutting down; ask again"));
-        }
     }
 }
 

@@ -6,27 +6,37 @@
 
 mod auth;
 mod build;
+mod follow;
+mod handled;
 mod info;
+mod list;
+mod log_info;
 mod logs;
 mod resolve;
 mod source;
 
 use std::sync::Arc;
 
+use kiln_bus::seal::SealError;
 use kiln_proto::builder as api;
 use kiln_proto::builder::image_builder_server::ImageBuilder;
 use tonic::{Request, Response, Status};
 
 use crate::builds::{Answers, BuildsApi};
+pub(crate) use crate::compat::handled::Handled;
+use crate::compat::log_info::LogInfos;
 
 /// The service behind `builder.ImageBuilder`.
 pub(crate) struct ImageBuilderApi {
     builds: Arc<BuildsApi>,
+    log_infos: LogInfos,
+    handled: Handled,
 }
 
 impl ImageBuilderApi {
-    pub(crate) fn new(builds: Arc<BuildsApi>) -> Self {
-        Self { builds }
+    pub(crate) fn new(builds: Arc<BuildsApi>, handled: Handled) -> Result<Self, SealError> {
+        let log_infos = LogInfos::new(builds.bus.clone())?;
+        Ok(Self { builds, log_infos, handled })
     }
 }
 
@@ -39,46 +49,42 @@ impl ImageBuilder for ImageBuilderApi {
         &self,
         request: Request<api::ResolveBaseImageRequest>,
     ) -> Result<Response<api::ResolveBaseImageResponse>, Status> {
-        let metrics = &self.builds.metrics;
-        metrics.call("ImageBuilder/ResolveBaseImage", request, |request| self.base_image(request)).await
+        let answer = self
+            .builds
+            .metrics
+            .call("ImageBuilder/ResolveBaseImage", request, |request| self.base_image(request));
+        self.handled.unary("ResolveBaseImage", answer.await)
     }
 
     async fn resolve_workspace_image(
         &self,
         request: Request<api::ResolveWorkspaceImageRequest>,
     ) -> Result<Response<api::ResolveWorkspaceImageResponse>, Status> {
-        let metrics = &self.builds.metrics;
-        metrics
-            .call("ImageBuilder/ResolveWorkspaceImage", request, |request| self.workspace_image(request))
-            .await
+        let answer = self
+            .builds
+            .metrics
+            .call("ImageBuilder/ResolveWorkspaceImage", request, |request| self.workspace_image(request));
+        self.handled.unary("ResolveWorkspaceImage", answer.await)
     }
 
     async fn build(
         &self,
         request: Request<api::BuildRequest>,
     ) -> Result<Response<Self::BuildStream>, Status> {
-        self.builds.metrics.call("ImageBuilder/Build", request, |request| self.built(request)).await
+        let answer = self.builds.metrics.call("ImageBuilder/Build", request, |request| self.built(request));
+        self.handled.stream("Build", answer.await)
     }
 
     async fn logs(&self, request: Request<api::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
-        self.builds.metrics.call("ImageBuilder/Logs", request, |request| self.log(request)).await
+        let answer = self.builds.metrics.call("ImageBuilder/Logs", request, |request| self.log(request));
+        self.handled.stream("Logs", answer.await)
     }
 
     async fn list_builds(
         &self,
         request: Request<api::ListBuildsRequest>,
     ) -> Result<Response<api::ListBuildsResponse>, Status> {
-        self.builds
-            .metrics
-            .call("ImageBuilder/ListBuilds", request, async |_| {
-                if !self.builds.view.is_caught_up() {
-                    return Err(Status::unavailable(
-                        "this gateway is still reading what there is; ask again",
-                    ));
-                }
-                let builds = self.builds.view.active().iter().map(|entry| info::of(&entry.record)).collect();
-                Ok(api::ListBuildsResponse { builds })
-            })
-            .await
+        let answer = self.builds.metrics.call("ImageBuilder/ListBuilds", request, |_| self.listed());
+        self.handled.unary("ListBuilds", answer.await)
     }
 }

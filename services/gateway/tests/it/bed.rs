@@ -115,7 +115,7 @@ impl Bed {
         let mut text = String::new();
         let metrics = self.metrics.lock().map_err(|_| anyhow::anyhow!("a test has failed"))?;
         prometheus_client::encoding::text::encode(&mut text, &metrics)?;
-        let line = text.lines().find_map(|line| line.strip_prefix("log_readers "));
+        let line = text.lines().find_map(|line| line.strip_prefix("kiln_gateway_log_readers "));
         Ok(line.context("no such metric")?.parse()?)
     }
 

@@ -1,5 +1,7 @@
 //! A gateway, its client, and the services behind it as the test plays them.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -8,15 +10,22 @@ use kiln_bus::keeper::Keeper;
 use kiln_bus::layout::Layout;
 use kiln_bus::logs::{LogWriter, Logs};
 use kiln_bus::seal::OpenKey;
+use kiln_bus::seal::SealKey;
+use kiln_bus::secrets::seal_accesses;
 use kiln_bus::serve::Server;
 use kiln_bus::{Bus, Connect};
 use kiln_contract::orchestrator::{
-    Build, BuildAnswer, Cancel, RecordAt, WorkspaceImage, WorkspaceImageAnswer,
+    Build, BuildAnswer, Cancel, OutputAccess, OutputAccessAnswer, RecordAt, WorkspaceImage,
+    WorkspaceImageAnswer,
 };
 use kiln_contract::resolver::{ResolveImage, ResolvedImage};
+use kiln_contract::secrets::{self, OutputAccesses};
 use kiln_domain::id::{BuildId, InstanceId};
+use kiln_domain::record::Record;
+use kiln_domain::reference::Digest;
 use kiln_domain::transition::Change;
 use kiln_gateway::{Config, Parts};
+use kiln_proto::builder::image_builder_client::ImageBuilderClient;
 use kiln_proto::kiln_v1::builds_client::BuildsClient;
 use kiln_testkit::nats::{self, NatsServer};
 use kiln_testkit::records;
@@ -26,11 +35,15 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 use tonic::transport::Channel;
 
+/// What the orchestrator tells of each run, which nobody but the client may see.
+pub(crate) const OWNER_TOKEN: &str = "a very secret owner token";
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 
 pub(crate) struct Desk {
     pub(crate) server: NatsServer,
     pub(crate) client: BuildsClient<Channel>,
+    /// Of the old API.
+    pub(crate) image_builder: ImageBuilderClient<Channel>,
     pub(crate) journal: Journal,
     pub(crate) logs: Logs,
     pub(crate) by: InstanceId,
@@ -64,7 +77,8 @@ impl Desk {
         });
         tokio::time::timeout(SOON, ready).await.context("the gateway is not ready")??;
         Ok(Self {
-            client: BuildsClient::connect(address).await?,
+            client: BuildsClient::connect(address.clone()).await?,
+            image_builder: ImageBuilderClient::connect(address).await?,
             journal: Journal::open(&bus).await?,
             logs: Logs::new(&bus),
             by: InstanceId::new("orchestrator", 1)?,
@@ -72,6 +86,12 @@ impl Desk {
             _played: played,
             _stop: stop.drop_guard(),
         })
+    }
+
+    /// The build that the played orchestrator answers with, accepted.
+    pub(crate) async fn asked(&self) -> Result<Entry> {
+        let record = asked()?;
+        Ok(self.journal.append(None, &Change::Queued(Box::new(record)), &self.by).await?)
     }
 
     /// A build that was accepted.
@@ -106,7 +126,7 @@ async fn connect(server: &NatsServer) -> Result<Bus> {
 
 async fn play_orchestrator(bus: &Bus) -> Result<Server> {
     let server = Server::start(bus, "orchestrator", &mut Registry::default()).await?;
-    let answer = || RecordAt::new(&records::queued("asked", [50; 10]).unwrap(), 1);
+    let answer = || RecordAt::new(&asked().unwrap(), 1);
     server
         .answer(move |_: Build| async move {
             Ok(BuildAnswer { build: Some(answer()?), ..BuildAnswer::default() })
@@ -114,11 +134,48 @@ async fn play_orchestrator(bus: &Bus) -> Result<Server> {
         .await?;
     server.answer(move |_: Cancel| async move { answer() }).await?;
     server.answer(|_: WorkspaceImage| async { Ok(WorkspaceImageAnswer::default()) }).await?;
+    let questions = Arc::new(AtomicU32::new(0));
+    server
+        .answer(move |question: OutputAccess| {
+            let is_first = questions.fetch_add(1, Ordering::SeqCst) == 0;
+            async move { Ok(access(question, is_first)) }
+        })
+        .await?;
     Ok(server)
+}
+
+fn asked() -> Result<Record> {
+    records::queued("asked", [50; 10])
+}
+
+/// Every run has a supervisor, and somebody else builds too; the first time nothing is known yet.
+fn access(question: OutputAccess, is_first: bool) -> OutputAccessAnswer {
+    let output = secrets::OutputAccess {
+        url: "https://w.test".into(),
+        headers: [("x-gitpod-owner-token".to_owned(), OWNER_TOKEN.to_owned())].into(),
+    };
+    let mut accesses = OutputAccesses::default();
+    if question.others {
+        let output = Some(output.clone());
+        accesses.others.push(secrets::OthersBuild { id: "theirs".into(), output, ..Default::default() });
+    }
+    let mut not_yet = Vec::new();
+    if is_first {
+        not_yet = question.runs;
+    } else {
+        accesses.runs = question.runs.into_iter().map(|run| (run, output.clone())).collect();
+    }
+    let key = SealKey::from_public(&question.seal_to).unwrap();
+    OutputAccessAnswer { sealed: seal_accesses(&key, &accesses).unwrap(), not_yet }
 }
 
 async fn play_resolver(bus: &Bus) -> Result<Server> {
     let server = Server::start(bus, "resolver", &mut Registry::default()).await?;
-    server.answer(|_: ResolveImage| async { Ok(ResolvedImage::default()) }).await?;
+    server
+        .answer(|question: ResolveImage| async move {
+            let name = question.reference.split_once(':').map_or("", |(name, _)| name);
+            Ok(ResolvedImage { reference: format!("{name}@{}", Digest::of(b"x")), ..Default::default() })
+        })
+        .await?;
     Ok(server)
 }

@@ -5,6 +5,7 @@
 
 mod bed;
 mod bus_away;
+mod compat;
 mod desk;
 mod http_log;
 mod steps;

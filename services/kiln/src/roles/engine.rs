@@ -13,7 +13,7 @@ use kiln_domain::id::RunId;
 use kiln_domain::registries::Registries;
 use kiln_domain::run_folder::Settings;
 use kiln_engine_local::LocalEngine;
-use kiln_engine_ws_manager::{Mark, Revocations, WsManagerEngine};
+use kiln_engine_ws_manager::{CursorKey, Mark, Revocations, WsManagerEngine};
 use kiln_registry::OciRegistry;
 
 use crate::config::{Config, Engine, LocalEngine as LocalEngineConfig};
@@ -76,7 +76,8 @@ pub(crate) async fn open(config: &Config, host: &Host) -> anyhow::Result<Opened>
             let revocations = Arc::new(Revoked(RevocationsBucket::open(&bus).await?));
             let registry =
                 Arc::new(OciRegistry::new(kiln_registry::Config { registries, ..Default::default() }));
-            let engine = WsManagerEngine::start(ws_manager.clone(), revocations, registry)
+            let key = CursorKey::new(config.open_key()?.derive("ws-manager cursors")?);
+            let engine = WsManagerEngine::start(ws_manager.clone(), revocations, registry, key)
                 .context("`engine.ws_manager`")?;
             Ok(Opened::WsManager { engine: Arc::new(engine), bus })
         }

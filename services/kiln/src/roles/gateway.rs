@@ -1,6 +1,7 @@
 //! `kiln gateway`.
 
 use kiln_gateway::{Parts, ROLE};
+use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -14,7 +15,7 @@ pub(crate) async fn run(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let bus = host.connect(config, ROLE).await?;
-    let metrics = host.registry(ROLE);
+    let metrics = Registry::default();
     let parts = Parts { bus: bus.clone(), seal_key: config.seal_key()?, listener, metrics };
     let ready = |metrics| host.ready(Role::Gateway, &bus, metrics);
     let ran = kiln_gateway::run(config.gateway(), parts, ready, stop).await;

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use kiln_domain::engine::Engine;
-use kiln_orchestrator::{Parts, ROLE};
+use kiln_orchestrator::{PREFIX, Parts, ROLE};
+use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Role};
@@ -17,8 +18,8 @@ pub(crate) async fn run(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let bus = host.connect(config, ROLE).await?;
-    let mut metrics = host.registry(ROLE);
-    let installation = credentials::open(config, &mut metrics).await?;
+    let mut metrics = Registry::default();
+    let installation = credentials::open(config, metrics.sub_registry_with_prefix(PREFIX)).await?;
     let life = host.life().to_owned();
     let parts = Parts {
         bus: bus.clone(),

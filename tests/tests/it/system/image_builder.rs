@@ -20,7 +20,7 @@ use super::{DOCKERFILE, Stage, is_over};
 
 /// A request as Gitpod's server makes it: the repository is checked out in a folder of the workspace, and the paths begin
 /// there.
-fn request(repository: &Repository) -> mk3::BuildRequest {
+pub(crate) fn request(repository: &Repository) -> mk3::BuildRequest {
     let git = content::GitInitializer {
         remote_uri: repository.uri.clone(),
         target_mode: content::CloneTargetMode::RemoteBranch.into(),
@@ -42,12 +42,12 @@ fn request(repository: &Repository) -> mk3::BuildRequest {
     }
 }
 
-fn image(reference: &str) -> mk3::BuildSource {
+pub(crate) fn image(reference: &str) -> mk3::BuildSource {
     mk3::BuildSource { from: Some(From::Ref(mk3::BuildSourceReference { r#ref: reference.into() })) }
 }
 
 /// A step that takes some seconds, and says when it has begun.
-fn slow(seconds: u32) -> String {
+pub(crate) fn slow(seconds: u32) -> String {
     let step = format!("echo begun; /bin/busybox sleep {seconds}");
     format!("{DOCKERFILE}RUN [\"/bin/busybox\", \"sh\", \"-c\", \"{step}\"]\n")
 }
@@ -90,7 +90,9 @@ async fn client(stage: &Stage) -> Result<ImageBuilderClient<Channel>> {
     Ok(ImageBuilderClient::new(Channel::from_shared(address)?.connect().await?))
 }
 
-async fn all(mut stream: Streaming<mk3::BuildResponse>) -> Result<Vec<mk3::BuildResponse>, Status> {
+pub(crate) async fn all(
+    mut stream: Streaming<mk3::BuildResponse>,
+) -> Result<Vec<mk3::BuildResponse>, Status> {
     let mut responses = Vec::new();
     while let Some(response) = stream.message().await? {
         responses.push(response);

@@ -3,7 +3,7 @@
 mod bad_input;
 mod buildkit;
 mod fleet;
-mod image_builder;
+pub(crate) mod image_builder;
 mod main_job;
 mod registries;
 mod restart;

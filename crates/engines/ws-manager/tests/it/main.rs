@@ -1,8 +1,11 @@
 //! The ws-manager engine with a ws-manager and supervisors after the protocol, and a real registry.
 
+mod accesses;
+mod order;
 mod outputs;
 mod place;
 mod statuses;
+mod tls;
 
 use kiln_testkit::engine_conformance::conformance;
 

@@ -11,7 +11,7 @@ use kiln_domain::id::{BuildId, ImageKey, RunId};
 use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run::{RunSecrets, RunSpec, Work};
-use kiln_engine_ws_manager::{Config, Mark, Revocations, WsManagerEngine};
+use kiln_engine_ws_manager::{Config, CursorKey, Mark, Revocations, Tls, WsManagerEngine};
 use kiln_registry::{Access, OciRegistry, Registry as _};
 use kiln_testkit::engine_conformance::{ENDLESS, Job, Place};
 use kiln_testkit::registry::DockerRegistry;
@@ -76,16 +76,22 @@ impl WsManagerPlace {
         Ok(Self { ws_manager, jobs, revocations: Arc::default(), count: Mutex::default() })
     }
 
-    #[expect(clippy::expect_used, reason = "the suite's engines can't fail to be made")]
     pub(crate) fn ws_engine(&self) -> WsManagerEngine {
-        let config = Config {
-            address: self.ws_manager.address.to_string(),
-            tls: None,
-            builder_image: "registry.test/bob:1".into(),
-            pull_secret: String::new(),
-        };
+        self.ws_engine_at(self.ws_manager.address.to_string(), None)
+    }
+
+    pub(crate) fn registry(&self) -> &DockerRegistry {
+        &self.jobs.registry
+    }
+
+    /// One that reaches ws-manager somewhere else.
+    #[expect(clippy::expect_used, reason = "the suite's engines can't fail to be made")]
+    pub(crate) fn ws_engine_at(&self, address: String, tls: Option<Tls>) -> WsManagerEngine {
+        let config =
+            Config { address, tls, builder_image: "registry.test/bob:1".into(), pull_secret: String::new() };
         let registry = Arc::new(OciRegistry::default());
-        WsManagerEngine::start(config, self.revocations.clone(), registry).expect("an engine")
+        let key = CursorKey::new([7; 32]);
+        WsManagerEngine::start(config, self.revocations.clone(), registry, key).expect("an engine")
     }
 
     pub(crate) fn spec(&self, job: Job) -> Result<RunSpec> {
