@@ -94,11 +94,20 @@ async fn try_cluster(size: usize, hidden: bool) -> Result<NatsCluster> {
     Ok(cluster)
 }
 
+/// As somebody's hand does it: the stream and all that it holds is gone. Of the servers at `url`, several with commas between.
+pub async fn delete_stream(url: &str, stream: &str) -> Result<()> {
+    by_hand(url).await?.delete_stream(stream).await?;
+    Ok(())
+}
+
+async fn by_hand(url: &str) -> Result<async_nats::jetstream::Context> {
+    let servers = url.split(',').map(str::parse).collect::<Result<Vec<async_nats::ServerAddr>, _>>()?;
+    Ok(async_nats::jetstream::new(async_nats::connect(servers).await?))
+}
+
 /// The name of the node that leads a stream, asked of the servers at `url` (several with commas between).
 pub async fn leader_of(url: &str, stream: &str) -> Result<String> {
-    let servers = url.split(',').map(str::parse).collect::<Result<Vec<async_nats::ServerAddr>, _>>()?;
-    let js = async_nats::jetstream::new(async_nats::connect(servers).await?);
-    let info = js.get_stream(stream).await?.cached_info().clone();
+    let info = by_hand(url).await?.get_stream(stream).await?.cached_info().clone();
     info.cluster.and_then(|cluster| cluster.leader).context("the stream has no leader now")
 }
 
@@ -166,9 +175,7 @@ impl NatsServer {
 
     /// As somebody's hand does it: the stream and all that it holds is gone.
     pub async fn delete_stream(&self, stream: &str) -> Result<()> {
-        let js = async_nats::jetstream::new(async_nats::connect(self.url()).await?);
-        js.delete_stream(stream).await?;
-        Ok(())
+        delete_stream(&self.url(), stream).await
     }
 
     /// Starts it on its port and its store, after [`NatsServer::kill`] or [`NatsServer::stop`], and waits until it

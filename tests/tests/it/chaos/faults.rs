@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use super::plan::{Fault, Planned};
+use super::verdict::Problem;
 use super::world::{Role, World};
 
 /// How many faults may be there at once.
@@ -23,6 +24,10 @@ const VICTIM: Duration = Duration::from_secs(20);
 const REST: Duration = Duration::from_millis(300);
 /// How long a role may take to end on SIGTERM while everything else has faults; then it is killed.
 const TERMINATION: Duration = Duration::from_secs(30);
+
+/// What holds no truth of its own: leases, what registries answered, steps that run, the copy for other subscribers.
+const DELETABLE: [&str; 4] =
+    ["KV_KILN_HOLDERS", "KV_KILN_REFS", subject::PROGRESS_STREAM, subject::EVENTS_STREAM];
 
 /// What was done.
 #[derive(Default)]
@@ -35,6 +40,12 @@ pub(super) struct Done {
 }
 
 impl Done {
+    /// A run in which little happened shows little: most of what was planned must have come to pass.
+    pub(super) fn too_little(&self, planned: usize) -> Option<Problem> {
+        let faults = Self::count(&self.faults);
+        (faults * 5 < planned * 4).then(|| Problem::new(format!("{faults} of {planned} faults came to pass")))
+    }
+
     pub(super) fn count(counter: &AtomicUsize) -> usize {
         counter.load(Ordering::Relaxed)
     }
@@ -158,6 +169,10 @@ impl World {
                 sleep(lasts).await;
                 send(builder, Signal::CONT);
                 Ok(())
+            }
+            Fault::DeleteStream(number) => {
+                let stream = &DELETABLE[number % DELETABLE.len()];
+                nats::delete_stream(self.nodes_url(), stream).await
             }
         }
     }

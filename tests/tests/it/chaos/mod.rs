@@ -72,6 +72,7 @@ async fn run(settings: &Settings, folder: &Path) -> Result<()> {
         let evidence = Evidence::gather(&world, &plan, &seen, &done, outputs.read()?).await?;
         eprintln!("chaos: {}", evidence.summary());
         problems.extend(evidence.problems().await?);
+        problems.extend(done.too_little(plan.faults.len()));
         anyhow::Ok(problems.iter().map(|problem| evidence.report(problem)).collect::<Vec<_>>())
     };
     let wrong = tokio::select! {

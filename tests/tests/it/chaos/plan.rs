@@ -99,6 +99,8 @@ pub(super) enum Fault {
     KillBuilder(usize),
     TerminateBuilder(usize),
     PauseBuilder(usize),
+    /// One of the streams without which nothing is lost goes, as by somebody's hand.
+    DeleteStream(usize),
 }
 
 const OWNERS: [&str; 5] = ["ann", "ben", "cem", "dia", "eve"];
@@ -176,7 +178,7 @@ impl Dice {
 
     fn planned(&mut self) -> Planned {
         let number = self.next() as usize;
-        let fault = match self.below(32) {
+        let fault = match self.below(34) {
             0..=6 => Fault::KillRole(number),
             7..=9 => Fault::TerminateRole(number),
             10..=13 => Fault::PauseRole(number),
@@ -192,6 +194,7 @@ impl Dice {
             26 => Fault::CutRegistry,
             27..=29 => Fault::KillBuilder(number),
             30 => Fault::TerminateBuilder(number),
+            31 | 32 => Fault::DeleteStream(number),
             _ => Fault::PauseBuilder(number),
         };
         let lasts = match fault {
