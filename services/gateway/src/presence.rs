@@ -53,7 +53,8 @@ impl Presence {
     pub(crate) async fn check(&self) -> Result<(), BusError> {
         const ANSWER: &str = "answer";
         self.bus.present(ANSWER).await?;
-        match self.is_there() {
+        // It may have come back since it was looked at last.
+        match self.is_there() || self.bus.answers(LOOK).await {
             true => Ok(()),
             false => Err(BusError::Unavailable {
                 operation: ANSWER,
