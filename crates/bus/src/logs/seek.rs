@@ -1,9 +1,20 @@
-//! From an offset to the message that holds it: a binary search over the stream's sequences, never a scan.
+//! From an offset to the message that holds it: a search over the stream's sequences, never a scan.
+//!
+//! Every second look is where the offset should be if the log grew evenly, which is right for most at once; the others halve
+//! what is left, so that no log takes more than twice a binary search.
 
 use kiln_domain::id::BuildId;
 
 use super::message::LogMessage;
 use super::{LogError, LogTail, Logs, patiently};
+
+/// Where no message at or before an offset is any more.
+#[derive(Clone, Copy)]
+struct Place {
+    sequence: u64,
+    /// Of the first message from there on, or the log's end.
+    offset: u64,
+}
 
 impl Logs {
     /// The sequence of a message from which on a read finds `offset`, which is at most the tail's end.
@@ -16,19 +27,25 @@ impl Logs {
         if first.offset() > offset {
             return Err(LogError::Discarded { id: id.clone(), wanted: offset, first: first.offset() });
         }
-        // `low` is the sequence of a message that begins at or before the offset; none at or after `high` does that
-        // needs to be looked at.
-        let (mut low, mut high) = (first.sequence, tail.sequence + 1);
-        while high.saturating_sub(low) > 1 {
-            let middle = low + (high - low) / 2;
+        let mut low = first;
+        let mut high = Place { sequence: tail.sequence + 1, offset: tail.end };
+        let mut guess = true;
+        // The wanted message is `low` or between the two.
+        while low.meta.end <= offset && high.sequence.saturating_sub(low.sequence) > 1 {
+            let middle =
+                if guess { between(&low, high, offset) } else { low.sequence.midpoint(high.sequence) };
+            guess = !guess;
             match self.message_at_or_after(id, middle).await? {
-                Some(message) if message.sequence < high && message.offset() <= offset => {
-                    low = message.sequence
+                Some(message) if message.sequence < high.sequence && message.offset() <= offset => {
+                    low = message
                 }
-                _ => high = middle,
+                Some(message) if message.sequence < high.sequence => {
+                    high = Place { sequence: middle, offset: message.offset() };
+                }
+                _ => high.sequence = middle,
             }
         }
-        Ok(low)
+        Ok(low.sequence)
     }
 
     /// The first offset that is still there.
@@ -45,4 +62,14 @@ impl Logs {
             None => Ok(patiently(|| self.next_from_leader(id, sequence)).await?),
         }
     }
+}
+
+/// The sequence at which to look for a message, strictly between the two. As it is the next one from there that is found, the
+/// aim is a message's length before the offset.
+fn between(low: &LogMessage, high: Place, offset: u64) -> u64 {
+    let gap = high.sequence - low.sequence;
+    let aim = (offset - low.offset()).saturating_sub(low.bytes.len() as u64);
+    let bytes = high.offset.saturating_sub(low.offset()).max(1);
+    let share = u128::from(aim) * u128::from(gap) / u128::from(bytes);
+    low.sequence + u64::try_from(share).unwrap_or(u64::MAX).clamp(1, gap - 1)
 }

@@ -205,7 +205,7 @@ async fn a_read_is_resumed_at_any_offset() -> Result<()> {
     let server = run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;
     let (logs, id) = (Logs::new(&bus), build(1));
-    let chunks = random_log(7, 200_000, 3_000);
+    let chunks = random_log(7, 400_000, 3_000);
     let whole = chunks.concat();
     let mut writer = logs.claim(&id, &instance(1), None).await?;
     // Another log between, so that sequences are no count of this one's chunks.
@@ -238,7 +238,7 @@ async fn a_read_is_resumed_at_any_offset() -> Result<()> {
         }
     }
     assert!(bytes == whole);
-    assert!(resumed >= 50, "resumed {resumed} times");
+    assert!(resumed >= 100, "resumed {resumed} times");
     for offset in 0..=whole.len() as u64 {
         if offset % 9_973 == 0 || offset == whole.len() as u64 {
             let (_, bytes, _) = read(&logs, &id, Start::Offset(offset), Until::Now).await?;
@@ -445,6 +445,54 @@ async fn an_engines_cursor_must_fit_a_header() -> Result<()> {
     let kept = Source { attempt: 2, cursor: Cursor::new("2026-11-24T00:00:00.1Z 3") };
     writer.append("x".into(), kept.clone(), false).await?;
     assert_eq!(logs.tail(&id).await?.map(|tail| tail.source), Some(kept));
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_offset_is_found_in_a_crowd_by_a_few_looks() -> Result<()> {
+    const CHUNKS: usize = 100;
+    const BETWEEN: usize = 200;
+    let server = run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let hand = async_nats::connect(server.url()).await?;
+    let js = async_nats::jetstream::new(hand.clone());
+    // One log grows evenly, of the other's chunks each is longer than the one before it, by much.
+    let even = |_: usize| 1_000_usize;
+    let uneven = |number: usize| 10 + number.pow(3) / 100;
+    for (of, length) in [(1, &even as &dyn Fn(usize) -> usize), (2, &uneven)] {
+        let (logs, id) = (Logs::new(&bus), build(of));
+        let mut writer = logs.claim(&id, &instance(1), None).await?;
+        let mut whole = Vec::new();
+        for number in 0..CHUNKS {
+            let chunk = vec![number as u8; length(number)];
+            whole.extend_from_slice(&chunk);
+            write(&mut writer, &[chunk.into()]).await?;
+            let crowd = (0..BETWEEN).map(|_| js.publish(subject::log(&build(9)), "crowd".into()));
+            let stored = futures::future::try_join_all(crowd).await?;
+            futures::future::try_join_all(stored.into_iter().map(IntoFuture::into_future)).await?;
+        }
+        complete(&mut writer).await?;
+        let asked = format!("$JS.API.DIRECT.GET.{}", subject::LOGS_STREAM);
+        let mut asked = hand.subscribe(asked).await?;
+        let mut looks = Vec::new();
+        for step in 0..50 {
+            let offset = whole.len() * step / 50 + step;
+            hand.flush().await?;
+            while asked.next().now_or_never().is_some() {}
+            // Another process, which knows nothing yet.
+            let logs = Logs::new(&bus);
+            let mut part = std::pin::pin!(logs.read(&id, Start::Offset(offset as u64), Until::Now));
+            let first = part.next().await.context("nothing")??;
+            assert_eq!(first.offset, offset as u64);
+            assert!(whole[offset..].starts_with(&first.bytes), "from {offset}");
+            hand.flush().await?;
+            looks.push(std::iter::from_fn(|| asked.next().now_or_never()).count());
+        }
+        looks.sort_unstable();
+        // A binary search over the 20,000 sequences would take fifteen, and one is the read itself.
+        let (middle, most) = (looks[looks.len() / 2], looks[looks.len() - 1]);
+        assert!(middle <= if of == 1 { 7 } else { 13 } && most <= 31, "log {of}: {looks:?}");
+    }
     Ok(())
 }
 
