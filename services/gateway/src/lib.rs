@@ -17,6 +17,7 @@ mod log;
 mod presence;
 mod queue;
 mod request;
+mod resolved;
 mod rpc;
 mod status;
 mod steps;
@@ -49,6 +50,7 @@ use crate::cut::Cuts;
 use crate::log::BuildLogs;
 use crate::presence::Presence;
 use crate::queue::Queue;
+use crate::resolved::Resolved;
 use crate::rpc::Metrics;
 use crate::steps::Steps;
 use crate::tls::Tls;
@@ -118,6 +120,7 @@ pub async fn run(
         view: view.clone(),
         seal_key,
         metrics: Metrics::register(&mut metrics),
+        resolved: Resolved::register(&mut metrics),
     });
     let image_builder = ImageBuilderServer::new(ImageBuilderApi::new(api.clone()))
         .max_decoding_message_size(MESSAGE_BYTES)

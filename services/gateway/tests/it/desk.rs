@@ -1,5 +1,6 @@
 //! A gateway, its client, and the services behind it as the test plays them.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -117,8 +118,17 @@ async fn play_orchestrator(bus: &Bus) -> Result<Server> {
     Ok(server)
 }
 
+/// It numbers its answers; those about `fresh` may be given again.
 async fn play_resolver(bus: &Bus) -> Result<Server> {
     let server = Server::start(bus, "resolver", &mut Registry::default()).await?;
-    server.answer(|_: ResolveImage| async { Ok(ResolvedImage::default()) }).await?;
+    let count = AtomicU64::new(0);
+    server
+        .answer(move |question: ResolveImage| {
+            let number = count.fetch_add(1, Ordering::Relaxed);
+            let fresh_for_ms = if question.reference.contains("/fresh:") { 60_000 } else { 0 };
+            let reference = format!("{}#{number}", question.reference);
+            std::future::ready(Ok(ResolvedImage { reference, fresh_for_ms, ..Default::default() }))
+        })
+        .await?;
     Ok(server)
 }

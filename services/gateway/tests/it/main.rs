@@ -7,4 +7,5 @@ mod bed;
 mod bus_away;
 mod desk;
 mod http_log;
+mod resolved;
 mod steps;
