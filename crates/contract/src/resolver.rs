@@ -45,6 +45,9 @@ pub struct ResolvedImage {
     /// It was known: nobody was asked for it now.
     #[prost(bool, tag = "5")]
     pub cached: bool,
+    /// How long it may be given again, to who asks the same with the same credentials, without asking a resolver.
+    #[prost(uint64, tag = "6")]
+    pub fresh_for_ms: u64,
 }
 
 /// The commit that a revision of a git remote is now. That it is answered also shows that the caller may read it.

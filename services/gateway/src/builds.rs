@@ -13,7 +13,7 @@ use kiln_bus::view::View;
 use kiln_contract::cache_warmer::ListWarm;
 use kiln_contract::orchestrator as ask;
 use kiln_contract::resolver::ResolveImage;
-use kiln_contract::secrets::Secrets;
+use kiln_contract::secrets::{RegistryAuth, Secrets};
 use kiln_domain::id::BuildId;
 use kiln_domain::platform::Platform;
 use kiln_domain::record::State;
@@ -28,6 +28,7 @@ use crate::cut::Cuts;
 use crate::list::Query;
 use crate::log::{BuildLogs, ReadError};
 use crate::queue::Queue;
+use crate::resolved::Resolved;
 use crate::rpc::Metrics;
 use crate::steps::Steps;
 use crate::{convert, request, status};
@@ -52,6 +53,7 @@ pub(crate) struct BuildsApi {
     pub(crate) cuts: Cuts,
     pub(crate) seal_key: SealKey,
     pub(crate) metrics: Metrics,
+    pub(crate) resolved: Resolved,
 }
 
 pub(crate) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -168,10 +170,18 @@ impl Builds for BuildsApi {
                     "" => Platform::default(),
                     text => text.parse().map_err(|error| status::invalid("platform", error))?,
                 };
-                let secrets =
-                    Secrets { registry: request::registry_auth(request.auth)?, ..Secrets::default() };
+                let registry = request::registry_auth(request.auth)?;
+                let asked = (reference.to_string(), platform.to_string());
+                let for_all = registry == RegistryAuth::default();
+                if for_all
+                    && !request.refresh
+                    && let Some(answer) = self.resolved.get(&asked).await
+                {
+                    return Ok(convert::resolved_image(answer, &platform));
+                }
+                let secrets = Secrets { registry, ..Secrets::default() };
                 let question = ResolveImage {
-                    reference: reference.to_string(),
+                    reference: asked.0.clone(),
                     platform: request.platform,
                     secrets: self.seal(&secrets)?,
                     refresh: request.refresh,
@@ -180,6 +190,9 @@ impl Builds for BuildsApi {
                     refusal.message.insert_str(0, "ref: ");
                     status::of(&refusal)
                 })?;
+                if for_all {
+                    self.resolved.keep(asked, &answer).await;
+                }
                 Ok(convert::resolved_image(answer, &platform))
             })
             .await

@@ -17,6 +17,7 @@ mod log;
 mod presence;
 mod queue;
 mod request;
+mod resolved;
 mod rpc;
 mod status;
 mod steps;
@@ -49,6 +50,7 @@ use crate::cut::Cuts;
 use crate::log::BuildLogs;
 use crate::presence::Presence;
 use crate::queue::Queue;
+use crate::resolved::Resolved;
 use crate::rpc::Metrics;
 use crate::steps::Steps;
 use crate::tls::Tls;
@@ -123,6 +125,7 @@ pub async fn run(
         bus,
         view: view.clone(),
         seal_key,
+        resolved: Resolved::register(own_metrics),
         metrics: Metrics::register(own_metrics),
     });
     let image_builder = ImageBuilderApi::new(api.clone(), handled).context("a key for answers")?;

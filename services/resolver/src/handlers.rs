@@ -69,6 +69,7 @@ async fn image(duties: &Duties, question: ResolveImage) -> Result<ResolvedImage,
         age_ms: u64::try_from(resolved.age.as_millis()).unwrap_or(u64::MAX),
         mirror: resolved.mirror,
         cached: resolved.cached,
+        fresh_for_ms: u64::try_from(resolved.fresh_for.as_millis()).unwrap_or(u64::MAX),
     })
 }
 

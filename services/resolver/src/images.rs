@@ -89,13 +89,8 @@ pub(crate) struct Resolved {
     pub(crate) mirror: String,
     /// It was known: nobody was asked for it now.
     pub(crate) cached: bool,
-}
-
-impl Resolved {
-    fn of(answer: Answer, cached: bool) -> Self {
-        let age = answer.age(now());
-        Self { digest: answer.digest, stale: false, age, mirror: answer.mirror, cached }
-    }
+    /// How long it is as good as asked anew.
+    pub(crate) fresh_for: Duration,
 }
 
 /// Who asks the registry.
@@ -235,10 +230,18 @@ impl Images {
 
     /// The answer that is known, if it needs no question.
     fn fresh(&self, wanted: &Wanted, known: &Answer) -> Option<Resolved> {
-        let age = known.age(now());
+        let resolved = self.resolved(wanted, known.clone(), true);
+        (!resolved.fresh_for.is_zero()).then_some(resolved)
+    }
+
+    fn resolved(&self, wanted: &Wanted, answer: Answer, cached: bool) -> Resolved {
+        let age = answer.age(now());
         // What a digest stands for can't change.
-        let fresh = wanted.reference.digest().is_some() || age < self.tag_fresh_for;
-        fresh.then(|| Resolved::of(known.clone(), true))
+        let fresh_for = match wanted.reference.digest() {
+            Some(_) => Duration::MAX,
+            None => self.tag_fresh_for.saturating_sub(age),
+        };
+        Resolved { digest: answer.digest, stale: false, age, mirror: answer.mirror, cached, fresh_for }
     }
 
     async fn load(&self, key: &RefKey, wanted: &Wanted, refresh: bool) -> Result<Resolved, Error> {
@@ -256,7 +259,7 @@ impl Images {
                 Turn::Ask(claim) => claim,
                 Turn::Answered(answer) => {
                     self.metrics.image_answered(From::Replica);
-                    return Ok(Resolved::of(answer, false));
+                    return Ok(self.resolved(wanted, answer, false));
                 }
             }
         };
@@ -301,13 +304,14 @@ impl Images {
                 let from = if answer.mirror.is_empty() { From::Registry } else { From::Mirror };
                 let newest = self.answers.keep(key, answer).await;
                 self.metrics.image_answered(from);
-                Ok(Resolved::of(newest, false))
+                Ok(self.resolved(wanted, newest, false))
             }
             Err(error) if error.cannot_be_asked() => match known {
                 Some(known) => {
                     tracing::warn!("an older answer is given for {}: {error}", wanted.reference);
                     self.metrics.image_answered(From::Stale);
-                    Ok(Resolved { stale: true, ..Resolved::of(known, true) })
+                    let resolved = self.resolved(wanted, known, true);
+                    Ok(Resolved { stale: true, fresh_for: Duration::ZERO, ..resolved })
                 }
                 None => Err(error),
             },

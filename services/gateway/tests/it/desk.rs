@@ -1,7 +1,7 @@
 //! A gateway, its client, and the services behind it as the test plays them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -169,12 +169,17 @@ fn access(question: OutputAccess, is_first: bool) -> OutputAccessAnswer {
     OutputAccessAnswer { sealed: seal_accesses(&key, &accesses).unwrap(), not_yet }
 }
 
+/// It numbers its answers; those about `fresh` may be given again.
 async fn play_resolver(bus: &Bus) -> Result<Server> {
     let server = Server::start(bus, "resolver", &mut Registry::default()).await?;
+    let count = AtomicU64::new(0);
     server
-        .answer(|question: ResolveImage| async move {
+        .answer(move |question: ResolveImage| {
+            let number = count.fetch_add(1, Ordering::Relaxed);
+            let fresh_for_ms = if question.reference.contains("/fresh:") { 60_000 } else { 0 };
             let name = question.reference.split_once(':').map_or("", |(name, _)| name);
-            Ok(ResolvedImage { reference: format!("{name}@{}", Digest::of(b"x")), ..Default::default() })
+            let reference = format!("{name}@sha256:{number:064x}");
+            std::future::ready(Ok(ResolvedImage { reference, fresh_for_ms, ..Default::default() }))
         })
         .await?;
     Ok(server)

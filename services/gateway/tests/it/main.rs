@@ -8,4 +8,5 @@ mod bus_away;
 mod compat;
 mod desk;
 mod http_log;
+mod resolved;
 mod steps;

@@ -37,8 +37,8 @@ async fn a_thousand_equal_questions_over_three_replicas_are_one() {
     for answer in join_all((0..1_000).map(|_| rig.image(&tag))).await {
         assert_eq!(answer.unwrap().reference, expected);
     }
-    // HEAD, manifest, and its config for the platform: one replica's.
-    assert!(front.asked().len() <= 5, "{:?}", front.asked());
+    // HEAD, manifest, and its config for the platform: one replica's, or two's where the second had waited long enough.
+    assert!(front.asked().len() <= 6, "{:?}", front.asked());
 }
 
 #[tokio::test]
