@@ -47,6 +47,11 @@ bench-logs:
     cargo build --release --locked -p kiln
     cargo bench --locked -p kiln-tests --bench logs
 
+# The old API over a ws-manager: dispatch, ends, and a log with many followers (BENCH_SCALE=0.1 for a quick look)
+bench-dropin:
+    cargo build --release --locked -p kiln
+    cargo bench --locked -p kiln-tests --bench drop_in
+
 # Remove what compiling left
 clean:
     cargo clean

@@ -15,6 +15,9 @@ pub struct Secrets {
     pub git_username: String,
     #[serde(default)]
     pub git_password: String,
+    /// What gives `username:password`, or a password, once; empty where these are known.
+    #[serde(default)]
+    pub git_one_time_url: String,
     #[serde(default)]
     pub registry: RegistryAuth,
     /// For `RUN --mount=type=secret`: id → content, base64.
@@ -86,7 +89,8 @@ impl Secrets {
         let passwords = pairs.clone().filter_map(|pair| pair.split_once(':').map(|(_, password)| password));
         let texts = std::iter::once(git_secret(&self.git_username, &self.git_password))
             .chain(passwords)
-            .chain(pairs.map(String::as_str));
+            .chain(pairs.map(String::as_str))
+            .chain([self.git_one_time_url.as_str()]);
         // What is no base64 is shown as it came, if at all.
         let mounts = self
             .mounts

@@ -14,6 +14,14 @@ const STREAM: &str = "TESTKIT_BARE";
 
 /// How long `messages` take to be stored, each acknowledged before the next is sent, in a stream that is set up as `like` is.
 pub async fn publish(url: &str, like: &str, messages: &[Bytes]) -> Result<Duration> {
+    let took = publish_beside(url, like, messages).await?;
+    let js = jetstream::new(async_nats::connect(url).await?);
+    js.delete_stream(STREAM).await?;
+    Ok(took)
+}
+
+/// The same, with a stream that stays: several may do it at once.
+pub async fn publish_beside(url: &str, like: &str, messages: &[Bytes]) -> Result<Duration> {
     let js = jetstream::new(async_nats::connect(url).await?);
     let mut config = js.get_stream(like).await?.cached_info().config.clone();
     config.name = STREAM.into();
@@ -28,9 +36,7 @@ pub async fn publish(url: &str, like: &str, messages: &[Bytes]) -> Result<Durati
     for message in messages {
         js.publish("testkit.bare.log", message.clone()).await?.await?;
     }
-    let took = begun.elapsed();
-    js.delete_stream(STREAM).await?;
-    Ok(took)
+    Ok(begun.elapsed())
 }
 
 /// Reads all messages of a subject in order, as they come: how many bytes, and how long that takes.

@@ -15,6 +15,7 @@ use kiln_proto::wsman::workspace_manager_server::{WorkspaceManager, WorkspaceMan
 use kiln_proto::wsman::{WorkspaceConditionBool, WorkspacePhase, WorkspaceStatus};
 use tokio::net::TcpListener;
 use tokio::sync::{broadcast, watch};
+use tokio::time::Instant;
 use tokio_stream::wrappers::{BroadcastStream, TcpListenerStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -41,6 +42,15 @@ pub struct WsManager {
     stop: CancellationToken,
 }
 
+/// When a workspace came and went, for figures.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Moments {
+    /// StartWorkspace was called.
+    pub asked: Option<Instant>,
+    /// STOPPED was sent.
+    pub stopped: Option<Instant>,
+}
+
 /// As [`Work::build`] gives it.
 type End = watch::Sender<Option<Result<(), String>>>;
 
@@ -54,6 +64,8 @@ struct Shared {
     work: Arc<dyn Work>,
     version: Mutex<u64>,
     tasks: TaskTracker,
+    /// By the image that is built.
+    moments: Mutex<BTreeMap<String, Moments>>,
     /// So many starts are answered with UNAVAILABLE.
     unavailable: AtomicU32,
     starts: AtomicU32,
@@ -115,6 +127,7 @@ impl WsManager {
             work,
             version: Mutex::default(),
             tasks: tasks.clone(),
+            moments: Mutex::default(),
             unavailable: AtomicU32::new(0),
             starts: AtomicU32::new(0),
             answers_held: watch::Sender::default(),
@@ -153,6 +166,11 @@ impl WsManager {
             // What was missed is in the list.
             let _ = changes.recv().await;
         }
+    }
+
+    /// Of the workspace that builds this image.
+    pub fn moments(&self, target: &str) -> Moments {
+        self.shared.moments().get(target).copied().unwrap_or_default()
     }
 
     /// How many starts were asked for, refused ones too.
@@ -210,6 +228,10 @@ impl Shared {
         self.workspaces.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn moments(&self) -> MutexGuard<'_, BTreeMap<String, Moments>> {
+        self.moments.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn end_of(&self, id: &str) -> End {
         let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
         ends.entry(id.to_owned()).or_default().clone()
@@ -252,6 +274,8 @@ impl Shared {
         self.change(&id, |status| status.set_phase(WorkspacePhase::Stopping));
         // Mostly it doesn't wait: STOPPED comes right after.
         let _ = self.stops_held.subscribe().wait_for(|held| !held).await;
+        self.moments().entry(workspace.annotation("ref").to_owned()).or_default().stopped =
+            Some(Instant::now());
         self.change(&id, |status| status.set_phase(WorkspacePhase::Stopped));
     }
 }
@@ -321,6 +345,10 @@ impl WorkspaceManager for Service {
             return Err(Status::invalid_argument("invalid request"));
         }
         let id = request.id.clone();
+        let annotations = request.metadata.as_ref().map(|metadata| &metadata.annotations);
+        if let Some(target) = annotations.and_then(|all| all.get("ref")) {
+            shared.moments().entry(target.clone()).or_default().asked = Some(Instant::now());
+        }
         if shared.workspaces().contains_key(&id) {
             return Err(Status::already_exists("workspace instance already exists"));
         }

@@ -49,7 +49,7 @@ const CANCEL_PATIENCE: Duration = Duration::from_secs(20);
 
 impl Shared {
     /// Finds the image's active build and joins it, or says that the image is there, or begins a build.
-    pub(crate) async fn accept(&self, request: Request) -> Result<Accepted, Refusal> {
+    pub(crate) async fn accept(&self, mut request: Request) -> Result<Accepted, Refusal> {
         let timeout_ms = self.timeout_ms(&request)?;
         // Who sends what can't be opened hears of it now, not from a failed build.
         kiln_bus::secrets::open(&self.open_key, &request.sealed).map_err(|error| unopenable(&error))?;
@@ -84,7 +84,7 @@ impl Shared {
                     joined.map(|entry| Accepted::Build { entry, joined: true })
                 }
                 _ => {
-                    let record = self.new_record(&request, &image, &key, found, timeout_ms).await?;
+                    let record = self.new_record(&mut request, &image, &key, found, timeout_ms).await?;
                     self.begin(tail.as_ref(), record, &request.sealed).await
                 }
             };
@@ -117,7 +117,7 @@ impl Shared {
 
     async fn new_record(
         &self,
-        request: &Request,
+        request: &mut Request,
         image: &Identity,
         key: &ImageKey,
         digest_before: Option<Digest>,
@@ -156,6 +156,9 @@ impl Shared {
                 if !request.unfetchable.is_empty() {
                     return Err(Refusal::new(Code::InvalidArgument, request.unfetchable.clone()));
                 }
+                dockerfile.check(self.config.file_remotes)?;
+                // Kept: what gives them gives them once, and this may be done again.
+                request.sealed = self.with_credentials(&request.sealed).await?;
                 Some(self.commit(dockerfile, &request.sealed).await?)
             }
             (Source::Dockerfile(dockerfile), None) => {
@@ -241,6 +244,6 @@ impl Shared {
     }
 }
 
-fn unopenable(error: &SealError) -> Refusal {
+pub(crate) fn unopenable(error: &SealError) -> Refusal {
     Refusal::new(Code::Internal, error.to_string())
 }

@@ -4,6 +4,7 @@
 //! - *I ask* the resolver what a reference or revision is now, and what lies at a target; the engine to run builders; the
 //!   installation's credentials for what a builder may pull and must push.
 //! - *I tell* the journal every change of a build, and the metrics.
+//!   A one-time URL of git credentials is asked once, where builders don't do so.
 //! - *I never* act on a build without a claim that stands in the journal, nor before its append has succeeded; I never
 //!   speak to a registry or a git remote myself.
 
@@ -21,6 +22,7 @@ mod identity;
 pub mod inspect;
 mod mask;
 mod metrics;
+mod one_time;
 mod queue;
 mod resolver;
 mod spec;

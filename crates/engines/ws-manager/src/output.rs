@@ -22,7 +22,7 @@ use crate::workspaces::Workspaces;
 const WAIT: Duration = Duration::from_secs(2);
 /// Of an output that nobody reads so much is kept; then its beginning goes.
 const KEPT: usize = 16 << 20;
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// A connection that says nothing for so long is made anew, while the workspace runs.
 const SILENCE: Duration = Duration::from_secs(300);

@@ -72,8 +72,8 @@ fn dockerfile(file: api::BuildSourceDockerfile) -> Result<Dockerfile, Status> {
             secrets.git_password = config.auth_password;
         }
         content::GitAuthMethod::BasicAuthOts => {
-            unfetchable =
-                Some("git credentials from a one-time URL (auth_ots) are for builders in workspaces");
+            check_one_time_url(&config.auth_ots)?;
+            secrets.git_one_time_url = config.auth_ots;
         }
     }
     let source = DockerfileSource {
@@ -86,6 +86,16 @@ fn dockerfile(file: api::BuildSourceDockerfile) -> Result<Dockerfile, Status> {
         ..DockerfileSource::default()
     };
     Ok(Dockerfile { source, clone_target: git.clone_taget, secrets, unfetchable })
+}
+
+fn check_one_time_url(url: &str) -> Result<(), Status> {
+    let is_web = ["http://", "https://"].iter().any(|scheme| url.starts_with(scheme));
+    if !is_web || url.len() > limits::FIELD_BYTES {
+        return Err(Status::invalid_argument(
+            "source.file.source.git.config.auth_ots: is no http:// or https:// URL, or is too long",
+        ));
+    }
+    Ok(())
 }
 
 fn check_login(user: &str, password: &str) -> Result<(), Status> {
@@ -146,6 +156,7 @@ mod tests {
                 let mut config = content::GitConfig {
                     auth_user: "ann".into(),
                     auth_password: "word".into(),
+                    auth_ots: "https://once.test/x".into(),
                     ..Default::default()
                 };
                 config.set_authentication(method);
@@ -157,7 +168,13 @@ mod tests {
         let none = with(content::GitAuthMethod::NoAuth).secrets;
         assert!(none.git_username.is_empty() && none.git_password.is_empty());
         assert!(none.workspace.is_some_and(|workspace| !workspace.initializer.is_empty()));
-        assert!(with(content::GitAuthMethod::BasicAuthOts).unfetchable.is_some());
+        let once = with(content::GitAuthMethod::BasicAuthOts);
+        assert!(once.unfetchable.is_none() && once.secrets.git_password.is_empty());
+        assert_eq!(once.secrets.git_one_time_url, "https://once.test/x");
+        assert!(basic.git_one_time_url.is_empty());
+        for url in ["", "file:///etc/passwd", "once.test/x"] {
+            assert!(check_one_time_url(url).is_err(), "{url}");
+        }
     }
 
     #[test]

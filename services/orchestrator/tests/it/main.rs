@@ -4,6 +4,7 @@
 
 mod cancel;
 mod lifecycle;
+mod one_time;
 mod single_flight;
 mod stage;
 mod starting;

@@ -12,6 +12,7 @@ use kiln_bus::holders::Holders;
 use kiln_bus::journal::{Entry, Journal};
 use kiln_bus::layout::Layout;
 use kiln_bus::seal::OpenKey;
+use kiln_bus::secrets::{self, SecretsBucket};
 use kiln_bus::serve::Server;
 use kiln_bus::{Bus, Connect, Lease};
 use kiln_contract::error::Refusal;
@@ -19,6 +20,7 @@ use kiln_contract::orchestrator::{Build, BuildAnswer, Cancel, RecordAt, source_t
 use kiln_contract::resolver::{
     FindImage, FoundImage, ResolveCommit, ResolveImage, ResolvedCommit, ResolvedImage,
 };
+use kiln_contract::secrets::Secrets;
 use kiln_contract::subject;
 use kiln_domain::engine::Engine;
 use kiln_domain::id::{BuildId, RunId};
@@ -48,6 +50,8 @@ pub(crate) struct Stage {
     key: OpenKey,
     /// What lies at each target.
     images: Arc<Mutex<HashMap<String, Digest>>>,
+    /// What the resolver was given with questions for commits, still sealed.
+    asked_with: Arc<Mutex<Vec<bytes::Bytes>>>,
     /// Open, unless the registry is to keep everybody waiting; and how many wait.
     registry: Arc<Gate>,
     _resolver: Server,
@@ -100,7 +104,14 @@ impl Stage {
                 Ok(ResolvedImage { reference, ..Default::default() })
             })
             .await?;
-        resolver.answer(|_: ResolveCommit| async { Ok(ResolvedCommit { commit: "c".repeat(40) }) }).await?;
+        let asked_with: Arc<Mutex<Vec<bytes::Bytes>>> = Arc::default();
+        let kept = asked_with.clone();
+        resolver
+            .answer(move |question: ResolveCommit| {
+                kept.lock().unwrap_or_else(PoisonError::into_inner).push(question.secrets);
+                async { Ok(ResolvedCommit { commit: "c".repeat(40) }) }
+            })
+            .await?;
         Ok(Self {
             journal: Journal::open(&bus).await?,
             bus,
@@ -108,6 +119,7 @@ impl Stage {
             engine: Arc::new(FakeEngine::default()),
             key: OpenKey::from_seed(OpenKey::new_seed()?)?,
             images,
+            asked_with,
             registry,
             _resolver: resolver,
             tasks: TaskTracker::new(),
@@ -238,6 +250,22 @@ impl Stage {
     /// The names of a build's events.
     pub(crate) async fn events(&self, id: &BuildId) -> Result<Vec<String>> {
         Ok(self.history(id).await?.into_iter().map(|(event, _)| event).collect())
+    }
+
+    /// The secrets that each question for a commit came with.
+    pub(crate) fn asked_with(&self) -> Result<Vec<Secrets>> {
+        let asked = self.asked_with.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(asked.iter().map(|sealed| secrets::open(&self.key, sealed)).collect::<Result<_, _>>()?)
+    }
+
+    /// The secrets that are kept for a build.
+    pub(crate) async fn kept_for(&self, id: &BuildId) -> Result<Secrets> {
+        let sealed = SecretsBucket::open(&self.bus).await?.get(id).await?.context("nothing is kept")?;
+        Ok(secrets::open(&self.key, &sealed)?)
+    }
+
+    pub(crate) fn seal(&self, secrets: &Secrets) -> Result<bytes::Bytes> {
+        Ok(secrets::seal(&self.key.seal_key(), secrets)?)
     }
 
     /// From now on whoever asks what lies at a target waits, until the gate is opened.
