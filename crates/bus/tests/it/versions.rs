@@ -197,6 +197,7 @@ async fn story(bus: &Bus, key: &OpenKey) -> Result<()> {
     let all = Secrets {
         git_username: "ann".into(),
         git_password: "pass".into(),
+        git_one_time_url: String::new(),
         registry,
         mounts,
         workspace: None,

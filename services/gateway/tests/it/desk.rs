@@ -22,7 +22,6 @@ use kiln_contract::resolver::{ResolveImage, ResolvedImage};
 use kiln_contract::secrets::{self, OutputAccesses};
 use kiln_domain::id::{BuildId, InstanceId};
 use kiln_domain::record::Record;
-use kiln_domain::reference::Digest;
 use kiln_domain::transition::Change;
 use kiln_gateway::{Config, Parts};
 use kiln_proto::builder::image_builder_client::ImageBuilderClient;
