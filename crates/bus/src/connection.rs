@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_nats::client::RequestErrorKind;
 use async_nats::jetstream;
 use async_nats::{Client, ConnectOptions, Event};
-use kiln_contract::subject;
+use kiln_contract::{bucket, subject};
 use secrecy::{ExposeSecret as _, SecretString};
 
 use crate::error::BusError;
@@ -15,6 +15,12 @@ use crate::error::BusError;
 /// How long an end waits for the bus.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(2);
 
+/// What is to be done where nothing is taken.
+pub(crate) const DISK: &str = "the disk under it may be full: make room, then restart nats-server";
+/// A write is taken within this long, or the disk is in trouble.
+const TAKEN: Duration = Duration::from_secs(5);
+/// What is written to see that something is: no instance's name.
+const PROBE: &str = "probe";
 /// A connection that is lost is mostly back within this time; a call waits no longer for it.
 const BLIP: Duration = Duration::from_millis(250);
 /// How often a call that waits for its answer looks whether the connection stands.
@@ -196,6 +202,18 @@ impl Bus {
         let alive = |error: &async_nats::RequestError| error.kind() == RequestErrorKind::NoResponders;
         self.is_connected()
             && matches!(tokio::time::timeout(within, answer).await, Ok(Err(error)) if alive(&error))
+    }
+
+    /// Whether a write is taken: a stream that met a full disk leaves all unanswered, and shows it in no other way. It is
+    /// written where leases are, which are written all the time.
+    pub(crate) async fn probe(&self) -> Result<(), BusError> {
+        const WRITE: &str = "write to the bus";
+        let write = async {
+            let store = self.call(WRITE, self.js.get_key_value(bucket::HOLDERS)).await?;
+            self.call(WRITE, store.put(PROBE, "".into())).await
+        };
+        let late = |_| BusError::unavailable(WRITE, "no answer");
+        tokio::time::timeout(TAKEN, write).await.map_err(late)?.map(|_| ())
     }
 
     /// How often the connection was lost. A consumer that was made before the last time may be gone, which it finds out only

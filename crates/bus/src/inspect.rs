@@ -10,10 +10,9 @@ use kiln_contract::bucket;
 use kiln_domain::finding::Finding;
 use kiln_domain::id::InstanceId;
 
-use crate::connection::Bus;
+use crate::connection::{Bus, DISK};
 use crate::error::BusError;
 use crate::holders::leases;
-use crate::keeper::DISK;
 use crate::layout::{Layout, buckets, streams};
 
 /// What Kiln's own configurations set. With less, larger requests are refused.

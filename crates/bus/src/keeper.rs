@@ -1,22 +1,22 @@
 //! Looks after the streams and buckets while a process runs: what was deleted by hand is made again, and what is wrong is
 //! said once, counted, shown as a metric while it lasts, and said again when it is over.
 
+mod metrics;
+mod mirror;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{DiscardPolicy, Info, StorageType};
 use async_nats::jetstream::{self, context::GetStreamErrorKind, kv, stream};
 use futures::StreamExt as _;
-use kiln_contract::{bucket, subject};
-use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use kiln_contract::subject;
 use prometheus_client::registry::Registry;
 use tokio::time::Instant;
 
-use crate::connection::Bus;
+use self::metrics::{Labels, Metrics};
+use self::mirror::Mirror;
+use crate::connection::{Bus, DISK};
 use crate::error::BusError;
 use crate::inspect::{differences, of_bucket, share};
 use crate::journal::jittered;
@@ -31,20 +31,11 @@ const IN_MEMORY: &str = "it is kept in memory, and nats-server was started anew 
 /// How long a stream must have been missing before it is made again. nats-server 2.15 tells of a deletion before it has removed
 /// the stream's folder: one that is made at that moment loses its own, and takes nothing until the server is restarted.
 const MADE_AGAIN_AFTER: Duration = Duration::from_secs(3);
-/// A write is taken within this long, or the disk is in trouble.
-const TAKEN: Duration = Duration::from_secs(5);
-/// What is written to see that something is: no instance's name.
-const PROBE: &str = "probe";
 /// The server answers within this long, or it counts as unreachable.
 const ANSWER: Duration = Duration::from_secs(2);
 /// What the server tells everybody when a stream, or a bucket's, is deleted.
 const DELETED: &str = "$JS.EVENT.ADVISORY.STREAM.DELETED.*";
 const KEEP: &str = "look after the streams";
-/// A mirror that is behind its journal takes something within this long, or it stands still. After a change of leader
-/// nats-server may wait for minutes before it asks the journal again.
-const MIRROR_STANDS: Duration = Duration::from_secs(10);
-/// The mirror's leader gives up its place when it is asked here; the next one asks the journal at once.
-const STEP_DOWN: &str = "STREAM.LEADER.STEPDOWN";
 /// A stream that refuses when it is full is called full from here on: what is left is kept for builds that run.
 const FULL_PERCENT: u64 = 95;
 
@@ -54,39 +45,9 @@ pub struct Keeper {
     layout: Layout,
     metrics: Metrics,
     missing_since: BTreeMap<String, Instant>,
-    mirror_stands: Option<Standing>,
+    mirror: Mirror,
     /// What was wrong when it looked last.
     troubles: BTreeMap<Labels, String>,
-}
-
-#[derive(Clone, Debug, Hash, PartialEq, Eq, PartialOrd, Ord, EncodeLabelSet)]
-struct Labels {
-    /// The stream's name (of a bucket, its stream's), or `bus`.
-    part: String,
-    what: &'static str,
-}
-
-/// A mirror that is behind: how far it was, under which leader, and since when.
-struct Standing {
-    last_sequence: u64,
-    leader: Option<String>,
-    since: Instant,
-}
-
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct StreamLabels {
-    stream: String,
-}
-
-#[derive(Clone, Default)]
-struct Metrics {
-    trouble: Family<Labels, Gauge>,
-    troubles: Family<Labels, Counter>,
-    bytes: Family<StreamLabels, Gauge>,
-    limit: Family<StreamLabels, Gauge>,
-    mirror_lag: Gauge,
-    max_age: Family<StreamLabels, Gauge>,
-    subjects: Family<StreamLabels, Gauge>,
 }
 
 /// How what is missing is made.
@@ -103,7 +64,7 @@ impl Keeper {
             layout: layout.clone(),
             metrics: Metrics::register(registry),
             missing_since: BTreeMap::new(),
-            mirror_stands: None,
+            mirror: Mirror::default(),
             troubles: BTreeMap::new(),
         }
     }
@@ -176,7 +137,12 @@ impl Keeper {
                             Err(error) => format!("it can't be made again now: {error}"),
                         }
                     };
-                    note(&name, MISSING, format!("somebody deleted it, and what it held is lost: {became}"));
+                    let why = if name == subject::EVENTS_STREAM {
+                        "it is deleted, by hand or as it mirrored a journal that is gone"
+                    } else {
+                        "somebody deleted it, and what it held is lost"
+                    };
+                    note(&name, MISSING, format!("{why}: {became}"));
                     continue;
                 }
                 Ok(Err(error)) => {
@@ -194,7 +160,7 @@ impl Keeper {
             }
             match name.as_str() {
                 subject::JOURNAL_STREAM => journal = Some(info),
-                subject::EVENTS_STREAM => mirror = Some((info, made)),
+                subject::EVENTS_STREAM => mirror = Some(info),
                 _ => {}
             }
         }
@@ -204,8 +170,11 @@ impl Keeper {
             let labels = Labels { part: "bus".to_owned(), what: "takes_nothing" };
             found.insert(labels, format!("nats-server answers, and takes no write: {error}; {DISK}"));
         }
-        if let (Some(journal), Some((mirror, made))) = (journal, mirror)
-            && let Some((what, why)) = self.wrong_with_mirror(&journal, &mirror, made).await
+        if let (Some(journal), Some(mirror)) = (&journal, &mirror) {
+            self.metrics.mirror(journal, mirror);
+        }
+        if let (Some(journal), Some(mirror)) = (journal, mirror)
+            && let Some((what, why)) = self.mirror.look(&self.bus, &journal, &mirror).await
         {
             found.insert(Labels { part: subject::EVENTS_STREAM.to_owned(), what }, why);
         }
@@ -234,67 +203,6 @@ impl Keeper {
         }
     }
 
-    /// What other subscribers would notice, mended where it can be.
-    async fn wrong_with_mirror(
-        &mut self,
-        journal: &Info,
-        mirror: &Info,
-        made: Made,
-    ) -> Option<(&'static str, String)> {
-        // It goes on from where it is: it would leave out what a younger journal has up to there.
-        if mirror.created < journal.created {
-            let became = match self.make_mirror_anew(made).await {
-                Ok(()) => "it is made anew".to_owned(),
-                Err(error) => format!("it can't be made anew now: {error}"),
-            };
-            return Some(("outlived_journal", format!("it mirrors a journal that is gone: {became}")));
-        }
-        let last_sequence = mirror.state.last_sequence;
-        let lag = journal.state.last_sequence.saturating_sub(last_sequence);
-        self.metrics.mirror_lag.set(i64::try_from(lag).unwrap_or(i64::MAX));
-        if lag == 0 {
-            self.mirror_stands = None;
-            return None;
-        }
-        let leader = mirror.cluster.as_ref().and_then(|cluster| cluster.leader.clone());
-        let as_before = self
-            .mirror_stands
-            .as_ref()
-            .filter(|stands| stands.last_sequence == last_sequence && stands.leader == leader);
-        let Some(stands) = as_before else {
-            self.mirror_stands = Some(Standing { last_sequence, leader, since: Instant::now() });
-            return None;
-        };
-        if stands.since.elapsed() < MIRROR_STANDS {
-            return None;
-        }
-        let why = format!("it is {lag} events behind {} and takes none", subject::JOURNAL_STREAM);
-        if leader.is_none() {
-            return Some(("stands_still", why));
-        }
-        // Another process may have been quicker; its next leader, if there is one, has as long again.
-        self.mirror_stands = None;
-        let became = match self.step_down(subject::EVENTS_STREAM).await {
-            Ok(()) => "another of its servers goes on with it".to_owned(),
-            Err(error) => format!("its leader can't be changed now: {error}"),
-        };
-        Some(("stands_still", format!("{why}: {became}")))
-    }
-
-    async fn step_down(&self, stream: &str) -> Result<(), BusError> {
-        let asked: Response<serde_json::Value> =
-            self.bus.call(KEEP, self.bus.js.request(format!("{STEP_DOWN}.{stream}"), &())).await?;
-        match asked {
-            Response::Ok(_) => Ok(()),
-            Response::Err { error } => Err(BusError::unavailable(KEEP, error.to_string())),
-        }
-    }
-
-    async fn make_mirror_anew(&self, made: Made) -> Result<(), BusError> {
-        self.bus.call(KEEP, self.bus.js.delete_stream(subject::EVENTS_STREAM)).await?;
-        self.make(made).await
-    }
-
     /// Says what is new and what is over.
     fn tell(&mut self, found: BTreeMap<Labels, String>) {
         for (labels, why) in &found {
@@ -311,62 +219,6 @@ impl Keeper {
             self.metrics.trouble.get_or_create(labels).set(0);
         }
         self.troubles = found;
-    }
-}
-
-/// What is to be done where nothing is taken.
-pub(crate) const DISK: &str = "the disk under it may be full: make room, then restart nats-server";
-
-impl Bus {
-    /// Whether a write is taken: a stream that met a full disk leaves all unanswered, and shows it in no other way. It is
-    /// written where leases are, which are written all the time.
-    pub(crate) async fn probe(&self) -> Result<(), BusError> {
-        const WRITE: &str = "write to the bus";
-        let write = async {
-            let store = self.call(WRITE, self.js.get_key_value(bucket::HOLDERS)).await?;
-            self.call(WRITE, store.put(PROBE, "".into())).await
-        };
-        let late = |_| BusError::unavailable(WRITE, "no answer");
-        tokio::time::timeout(TAKEN, write).await.map_err(late)?.map(|_| ())
-    }
-}
-
-impl Metrics {
-    fn register(registry: &mut Registry) -> Self {
-        let metrics = Self::default();
-        registry.register("trouble", "1 while a part of the bus is in trouble", metrics.trouble.clone());
-        registry.register("troubles", "Troubles of the bus that began", metrics.troubles.clone());
-        registry.register("stream_bytes", "Bytes that a stream holds", metrics.bytes.clone());
-        registry.register("stream_limit_bytes", "Bytes that a stream may hold", metrics.limit.clone());
-        registry.register(
-            "mirror_lag",
-            "Events of the journal that KILN_EVENTS does not have yet",
-            metrics.mirror_lag.clone(),
-        );
-        registry.register(
-            "stream_max_age_seconds",
-            "The age at which a message is removed",
-            metrics.max_age.clone(),
-        );
-        registry.register(
-            "stream_subjects",
-            "Subjects of which a stream holds a message: of the log stream, the builds with a log",
-            metrics.subjects.clone(),
-        );
-        metrics
-    }
-
-    fn size(&self, info: &Info) {
-        let labels = StreamLabels { stream: info.config.name.clone() };
-        let shown = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
-        self.bytes.get_or_create(&labels).set(shown(info.state.bytes));
-        self.subjects.get_or_create(&labels).set(shown(info.state.subjects_count));
-        if info.config.max_bytes > 0 {
-            self.limit.get_or_create(&labels).set(info.config.max_bytes);
-        }
-        if !info.config.max_age.is_zero() {
-            self.max_age.get_or_create(&labels).set(shown(info.config.max_age.as_secs()));
-        }
     }
 }
 
