@@ -235,8 +235,13 @@ impl Held<'_> {
                     }
                 },
                 () = &mut deadline => {
-                    let ended = self.stop_builder().await?;
-                    return self.conclude(ended, Ending::Deadline).await;
+                    // After a take-over the time may be up before the engine has told of an end that came in time.
+                    let (ended, ending) = match self.observe().await? {
+                        Observed::Running(_) => (self.stop_builder().await?, Ending::Deadline),
+                        Observed::Ended(ended) => (ended, Ending::Natural),
+                        Observed::Absent => (Ended::default(), Ending::Natural),
+                    };
+                    return self.conclude(ended, ending).await;
                 }
                 change = changed => {
                     if change.is_none() {
