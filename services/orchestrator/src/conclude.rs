@@ -139,7 +139,11 @@ impl Held<'_> {
             }
         };
         loop {
-            match self.shared.resolver.find(&target).await {
+            let found = tokio::select! {
+                found = self.shared.resolver.find(&target) => found,
+                () = self.stop.cancelled() => return Err(LetGo::Asked),
+            };
+            match found {
                 Ok(found) => return Ok(found),
                 Err(error) => {
                     tracing::warn!(build.id = %id, "whether `{target}` is there can't be asked now: {error}");

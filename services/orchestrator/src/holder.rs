@@ -45,7 +45,7 @@ pub(crate) struct Held<'a> {
     pub(crate) shared: &'a Shared,
     pub(crate) me: InstanceId,
     pub(crate) tail: Entry,
-    stop: &'a CancellationToken,
+    pub(crate) stop: &'a CancellationToken,
 }
 
 /// Acts on a claimed build until it is over, the claim is lost, or `stop`. Gives the sequence of the event that ended our

@@ -7,5 +7,6 @@ mod lifecycle;
 mod single_flight;
 mod stage;
 mod starting;
+mod stopping;
 mod take_over;
 mod volume;
