@@ -97,7 +97,7 @@ impl Stop {
                     format!("the build took longer than {}{}", spoken(timeout), ran.unwrap_or_default());
                 Failure::new(FailureReason::Timeout, message)
             }
-            Self::Cancelled => Failure::new(FailureReason::Internal, "the build was cancelled"),
+            Self::Cancelled => Failure::asked_to_stop(),
             Self::Revoked => Failure::new(FailureReason::Internal, "the run was revoked"),
             Self::Terminated => Failure::new(FailureReason::Internal, "the builder was told to end"),
             Self::Lost(problem) => Failure::new(FailureReason::EngineLost, problem.clone()),

@@ -71,4 +71,9 @@ impl Failure {
     pub fn new(reason: FailureReason, message: impl Into<String>) -> Self {
         Self { reason, message: crate::limits::truncated(message.into(), crate::limits::MESSAGE_BYTES) }
     }
+
+    /// What a builder tells that was asked to stop. Why it was asked the journal knows: a cancel, or a passed deadline.
+    pub fn asked_to_stop() -> Self {
+        Self::new(FailureReason::Internal, "the build was cancelled")
+    }
 }

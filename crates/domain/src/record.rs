@@ -225,6 +225,11 @@ impl Record {
         self.attempt_started_at.and_then(|started| started.checked_add(self.timeout()).ok())
     }
 
+    /// Whether the running attempt's time is up.
+    pub fn is_past_deadline(&self, now: Timestamp) -> bool {
+        self.deadline().is_some_and(|deadline| deadline <= now)
+    }
+
     /// Everybody who waits for it, the first asker first.
     pub fn owners(&self) -> impl Iterator<Item = &str> {
         std::iter::once(self.owner.as_str()).chain(self.joined_by.iter().map(String::as_str))

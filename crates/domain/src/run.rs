@@ -122,3 +122,11 @@ pub struct Ended {
     /// target is this run's.
     pub recorded: Option<Digest>,
 }
+
+impl Ended {
+    /// Whether its builder says that it ended because it was asked to.
+    pub fn was_asked_to_stop(&self) -> bool {
+        let result = self.outcome.as_ref().map(|outcome| &outcome.result);
+        matches!(result, Some(RunResult::Failed(failure)) if *failure == Failure::asked_to_stop())
+    }
+}

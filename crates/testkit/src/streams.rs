@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result};
 use async_nats::jetstream::stream::RawMessageErrorKind;
+use futures::StreamExt as _;
 use jiff::Timestamp;
 use kiln_contract::header::cloudevents;
 use kiln_contract::subject;
@@ -48,4 +49,16 @@ pub async fn events(url: &str, stream: &str) -> Result<Vec<Event>> {
         });
     }
     Ok(events)
+}
+
+/// Begins to listen, and returns what ends once somebody publishes to `subject`, whether a stream takes it or not.
+pub async fn next_try(url: &str, subject: &str) -> Result<impl Future<Output = Result<()>> + use<>> {
+    let client = async_nats::connect(url).await?;
+    let mut tries = client.subscribe(subject.to_owned()).await?;
+    client.flush().await?;
+    Ok(async move {
+        tries.next().await.context("the connection ended")?;
+        drop(client);
+        Ok(())
+    })
 }

@@ -9,12 +9,25 @@ use kiln_domain::transition::Change;
 
 use crate::holder::{ENGINE_PAUSE, Held, LetGo};
 
-/// How long a process that is asked to end tries to say that it lets go.
+/// How long a process that is asked to end tries to say what it did, and then that it lets go.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Held<'_> {
-    /// Appends a change of ours. `false` if it came too late: then the tail is another, and all is to be decided anew.
+    /// Appends a change of ours, for as long as that takes; but once we are asked to end, only a little longer. `false` if it
+    /// came too late: then the tail is another, and all is to be decided anew.
     pub(crate) async fn append(&mut self, change: &Change) -> Result<bool, LetGo> {
+        let stop = self.stop;
+        let out_of_patience = async {
+            stop.cancelled().await;
+            tokio::time::sleep(RELEASE_PATIENCE).await;
+        };
+        tokio::select! {
+            appended = self.append_until_it_succeeds(change) => appended,
+            () = out_of_patience => Err(LetGo::Asked),
+        }
+    }
+
+    async fn append_until_it_succeeds(&mut self, change: &Change) -> Result<bool, LetGo> {
         let mut change = change.clone();
         let mut said = false;
         loop {

@@ -28,7 +28,9 @@ pub(crate) async fn keep(shared: &Arc<Shared>, stop: &CancellationToken) {
     let mut changes = shared.view.changes();
     let mut holders = shared.holders.changes();
     loop {
-        let wake = claims.claim_what_may_be(shared, stop).await;
+        // A claim that is dropped half made is as one of a process that died: our lease ends, and another takes it over.
+        let claiming = claims.claim_what_may_be(shared, stop);
+        let Some(wake) = stop.run_until_cancelled(claiming).await else { break };
         tokio::select! {
             () = stop.cancelled() => break,
             // A lag makes us look again, as does any change.

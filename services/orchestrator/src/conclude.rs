@@ -10,7 +10,7 @@ use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run::{Ended, Findings, RunResult};
 use kiln_domain::transition::Change;
 
-use crate::holder::{Held, LetGo};
+use crate::holder::{Held, LetGo, wall_clock};
 
 /// Why a run is judged.
 pub(crate) enum Ending {
@@ -33,6 +33,13 @@ impl Held<'_> {
     /// can't even be started: an earlier holder may have.)
     pub(crate) async fn conclude(&mut self, ended: Ended, ending: Ending) -> Result<(), LetGo> {
         let mut ended = self.revoked(ended).await?;
+        let ending = match ending {
+            // An earlier holder acted on the deadline.
+            Ending::Natural if ended.was_asked_to_stop() && self.record().is_past_deadline(wall_clock()) => {
+                Ending::Deadline
+            }
+            ending => ending,
+        };
         if let Some(outcome) = ended.outcome.take() {
             ended.outcome = Some(self.masked(outcome).await?);
         }
@@ -132,7 +139,11 @@ impl Held<'_> {
             }
         };
         loop {
-            match self.shared.resolver.find(&target).await {
+            let found = tokio::select! {
+                found = self.shared.resolver.find(&target) => found,
+                () = self.stop.cancelled() => return Err(LetGo::Asked),
+            };
+            match found {
                 Ok(found) => return Ok(found),
                 Err(error) => {
                     tracing::warn!(build.id = %id, "whether `{target}` is there can't be asked now: {error}");

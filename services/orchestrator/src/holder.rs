@@ -45,7 +45,7 @@ pub(crate) struct Held<'a> {
     pub(crate) shared: &'a Shared,
     pub(crate) me: InstanceId,
     pub(crate) tail: Entry,
-    stop: &'a CancellationToken,
+    pub(crate) stop: &'a CancellationToken,
 }
 
 /// Acts on a claimed build until it is over, the claim is lost, or `stop`. Gives the sequence of the event that ended our
@@ -235,8 +235,13 @@ impl Held<'_> {
                     }
                 },
                 () = &mut deadline => {
-                    let ended = self.stop_builder().await?;
-                    return self.conclude(ended, Ending::Deadline).await;
+                    // After a take-over the time may be up before the engine has told of an end that came in time.
+                    let (ended, ending) = match self.observe().await? {
+                        Observed::Running(_) => (self.stop_builder().await?, Ending::Deadline),
+                        Observed::Ended(ended) => (ended, Ending::Natural),
+                        Observed::Absent => (Ended::default(), Ending::Natural),
+                    };
+                    return self.conclude(ended, ending).await;
                 }
                 change = changed => {
                     if change.is_none() {

@@ -8,5 +8,6 @@ mod one_time;
 mod single_flight;
 mod stage;
 mod starting;
+mod stopping;
 mod take_over;
 mod volume;

@@ -55,6 +55,7 @@ pub(crate) struct Stage {
     /// Open, unless the registry is to keep everybody waiting; and how many wait.
     registry: Arc<Gate>,
     _resolver: Server,
+    orchestrators: TaskTracker,
     tasks: TaskTracker,
 }
 
@@ -122,6 +123,7 @@ impl Stage {
             asked_with,
             registry,
             _resolver: resolver,
+            orchestrators: TaskTracker::new(),
             tasks: TaskTracker::new(),
         })
     }
@@ -162,12 +164,18 @@ impl Stage {
         };
         let (ready, answers) = tokio::sync::oneshot::channel();
         let running = stop.clone();
-        self.tasks.spawn(async move {
+        self.orchestrators.spawn(async move {
             let ready = |_| ready.send(()).unwrap_or_default();
             kiln_orchestrator::run(config, parts, ready, running).await.unwrap();
         });
         tokio::time::timeout(SOON, answers).await??;
         Ok(stop)
+    }
+
+    /// Returns once every orchestrator has ended.
+    pub(crate) async fn all_end(&self, within: Duration) -> Result<()> {
+        self.orchestrators.close();
+        tokio::time::timeout(within, self.orchestrators.wait()).await.context("an orchestrator goes on")
     }
 
     pub(crate) async fn ask(

@@ -5,17 +5,17 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use kiln_bus::holders::Holders;
-use kiln_domain::failure::FailureReason;
+use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::id::{InstanceId, RunId};
 use kiln_domain::record::{Record, State};
 use kiln_domain::reference::Digest;
-use kiln_domain::run::Ended;
+use kiln_domain::run::{Ended, RunResult};
 use kiln_testkit::engine::FakeEngine;
 use kiln_testkit::wire::Wire;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::stage::{Stage, config};
+use crate::stage::{Stage, config, ended};
 
 /// A build that an orchestrator at the end of a wire runs, and another that would take it over.
 struct Held {
@@ -141,9 +141,8 @@ async fn who_slept_past_its_lease_lets_go_when_it_wakes() -> Result<()> {
     Ok(())
 }
 
-/// The deadline counts from the first holder's `started`: who comes after it has passed acts at once.
-#[tokio::test]
-async fn the_deadline_is_kept_by_whoever_holds_the_build() -> Result<()> {
+/// A started build whose deadline passes while nobody holds it.
+async fn left_past_its_deadline() -> Result<(Stage, Record)> {
     let stage = Stage::set().await?;
     let first = stage.orchestrator(config()).await?;
     let build = stage.begin("x", |question| question.timeout_ms = 1).await?;
@@ -154,6 +153,13 @@ async fn the_deadline_is_kept_by_whoever_holds_the_build() -> Result<()> {
     ensure!(!stage.engine.is_cancelled(&build.run()), "it was not left running");
     // A holder is a few seconds later than the builder itself would be.
     tokio::time::sleep_until(started + Duration::from_secs(6)).await;
+    Ok((stage, build))
+}
+
+/// The deadline counts from the first holder's `started`: who comes after it has passed acts at once.
+#[tokio::test]
+async fn the_deadline_is_kept_by_whoever_holds_the_build() -> Result<()> {
+    let (stage, build) = left_past_its_deadline().await?;
     let _second = stage.orchestrator(config()).await?;
     let claimed = stage.until(&build.id, |entry| entry.record.claims == 2).await?;
     stage.engine.until_cancelled(&build.run()).await;
@@ -163,5 +169,42 @@ async fn the_deadline_is_kept_by_whoever_holds_the_build() -> Result<()> {
     // Concluding asks the registry twice, 2 s apart.
     let took = Duration::try_from(over.stored_at.duration_since(claimed.stored_at))?;
     ensure!(took < Duration::from_secs(5), "the deadline counted from the take-over: {took:?}");
+    Ok(())
+}
+
+/// What ended before its deadline ended as it did, however late somebody looks.
+#[tokio::test]
+async fn a_failure_that_came_in_time_is_told_after_the_deadline() -> Result<()> {
+    let (stage, build) = left_past_its_deadline().await?;
+    let failure = Failure::new(FailureReason::Dockerfile, "step 1 failed");
+    stage.engine.end(&build.run(), ended(RunResult::Failed(failure), None));
+    let _second = stage.orchestrator(config()).await?;
+    let over = stage.until(&build.id, |entry| entry.record.state.is_terminal()).await?.record;
+    let told = (over.reason, over.message.as_str());
+    ensure!(told == (Some(FailureReason::Dockerfile), "step 1 failed"), "{over:?}");
+    ensure!(!stage.engine.is_cancelled(&build.run()), "what has ended was stopped");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_builder_lost_before_its_deadline_is_followed_by_another() -> Result<()> {
+    let (stage, build) = left_past_its_deadline().await?;
+    stage.engine.vanish(&build.run());
+    let _second = stage.orchestrator(config()).await?;
+    let second = RunId::new(&build.id, 2);
+    stage.until(&build.id, |entry| entry.record.run() == second && entry.record.handle.is_some()).await?;
+    let events = stage.events(&build.id).await?;
+    ensure!(events.iter().any(|event| event == "retrying"), "{events:?}");
+    Ok(())
+}
+
+/// Its holder asked the builder to stop, and died before it could say why.
+#[tokio::test]
+async fn a_builder_stopped_at_its_deadline_by_a_holder_that_died_is_a_timeout() -> Result<()> {
+    let (stage, build) = left_past_its_deadline().await?;
+    stage.engine.end(&build.run(), ended(RunResult::Failed(Failure::asked_to_stop()), None));
+    let _second = stage.orchestrator(config()).await?;
+    let over = stage.until(&build.id, |entry| entry.record.state.is_terminal()).await?.record;
+    ensure!(over.reason == Some(FailureReason::Timeout), "{over:?}");
     Ok(())
 }
