@@ -269,7 +269,8 @@ impl BuildTool for Buildkit {
         let digest: Digest =
             built.image.parse().map_err(|error| cannot_run(&std::io::Error::other(error)))?;
         let from = to.pinned(&digest);
-        let tagged = self.registry.copy(&from, to, &built.platform, &self.access, &mut |_| Ok(())).await;
+        let tagged =
+            self.registry.copy(&from, to, &built.platform, &self.access, &mut |_| Ok(Box::new(()))).await;
         tagged.map_err(|error| ToolError::Failed(target::failure(&error, &from, to)))
     }
 

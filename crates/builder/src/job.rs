@@ -19,6 +19,7 @@ use crate::choice::{Tool, choose};
 use crate::context;
 use crate::dockerfile::{self, From};
 use crate::folder::{Folder, Task};
+use crate::put::Put;
 use crate::target::{PATIENCE, Target, registries, registry};
 use crate::tool::{BuildRequest, BuildTool, Built, ToolError, Ways};
 
@@ -33,6 +34,7 @@ pub(crate) struct Job<'a> {
     pub(crate) deadline: Instant,
     /// Of Kiln's own BuildKit daemon, where that is used; the error says why it can't be.
     pub(crate) lease: &'a Result<Option<Arc<Lease>>, String>,
+    pub(crate) put: &'a Put,
 }
 
 /// What is known of a job that hasn't come to its end.
@@ -42,13 +44,15 @@ pub(crate) struct Progress {
     /// The build tool that was at work, and what it had made: to be cleared after it.
     pub(crate) tool: Option<Box<dyn BuildTool>>,
     pub(crate) built: Option<Built>,
+    /// What lies at the target, once it was PUT.
+    pub(crate) target: Option<Digest>,
 }
 
 impl Job<'_> {
     /// Makes the target, and tells its digest.
     pub(crate) async fn run(&self, progress: &mut Progress) -> Result<Digest, Failure> {
         let Task { spec, secrets, settings } = self.task;
-        let target = Target::new(self.folder, spec, secrets, settings, self.deadline)?;
+        let target = Target::new(self.folder, spec, secrets, settings, self.deadline, self.put)?;
         match &spec.work {
             Work::Copy { from, platform } => {
                 let digest = from.digest();
@@ -66,6 +70,7 @@ impl Job<'_> {
                 self.say(&format!("copying {base_ref} to {}", spec.target_ref));
                 let platform = source.platform.clone().unwrap_or_default();
                 let digest = target.copy_own(&base_ref.pinned(&pushed), &platform).await?;
+                progress.target = Some(digest.clone());
                 self.find_digests(progress).await;
                 Ok(digest)
             }

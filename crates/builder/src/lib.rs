@@ -9,7 +9,8 @@
 //!
 //! A run that was cancelled has an outcome of reason INTERNAL that says so. That is for the reader of the folder: whether
 //! a build is *cancelled* is decided by the journal. A run that was revoked, or whose builder got SIGTERM (its host goes
-//! down), has no outcome: that is no answer to whether the build succeeds, and the run counts as lost.
+//! down), has no outcome: that is no answer to whether the build succeeds, and the run counts as lost. But what comes while
+//! the target is PUT is obeyed only after that: a PUT that succeeds is the outcome.
 
 mod base_images;
 mod buildah;
@@ -26,6 +27,7 @@ mod lock;
 mod memory;
 mod output;
 mod programs;
+mod put;
 mod registry_error;
 mod secret_files;
 mod stop;
@@ -33,6 +35,7 @@ mod target;
 mod tool;
 
 use std::path::Path;
+use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,6 +56,7 @@ use crate::folder::{Folder, Task};
 use crate::job::{Job, Progress};
 use crate::lock::{LockError, RunLock};
 use crate::output::Output;
+use crate::put::Put;
 use crate::stop::{Stop, Stops};
 
 /// For what is cleared after a build.
@@ -161,17 +165,32 @@ async fn work(folder: &Folder, output: Output, lease: &Result<Option<Arc<Lease>>
         }
     };
     let deadline = begun + task.spec.timeout();
-    let job = Job { folder, task: &task, children: &children, deadline, lease };
+    let put = Put::default();
+    let job = Job { folder, task: &task, children: &children, deadline, lease, put: &put };
     let mut progress = Progress::default();
-    let ended = tokio::select! {
-        biased;
-        result = job.run(&mut progress) => Ok(result),
-        stop = stops.wait(folder, deadline, &output) => Err(stop),
+    let ended = {
+        let mut running = pin!(job.run(&mut progress));
+        tokio::select! {
+            biased;
+            result = &mut running => Ok(result),
+            stop = stops.wait(folder, deadline, &output) => {
+                if put.is_under_way() {
+                    output.say("told to stop while the target is PUT: stopping after that");
+                }
+                tokio::select! {
+                    biased;
+                    result = running => result.map(Ok).map_err(|_| stop),
+                    _none_begins = put.no_more() => Err(stop),
+                }
+            }
+        }
     };
     let ended = match ended {
         // What the build tool works with is gone: that says nothing of the build.
         Ok(Err(failure)) if failure.reason == FailureReason::EngineLost => Err(Stop::Lost(failure.message)),
         Ok(Err(failure)) => stops.loss(folder).await.map_or(Ok(Err(failure)), Err),
+        // Whatever came after it, the image is there.
+        Err(stop) => progress.target.take().map(Ok).ok_or(stop),
         ended => ended,
     };
     children.end_all().await;

@@ -1,6 +1,5 @@
 //! Making the target: a copy inside the registry, PUT only by a run that may still do so.
 
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +16,7 @@ use tokio::time::Instant;
 
 use crate::folder::Folder;
 use crate::lock::push_lock;
+use crate::put::Put;
 
 /// How long a registry other than the target's may be out of reach.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
@@ -28,6 +28,7 @@ pub(crate) struct Target<'a> {
     registries: Registries,
     registry: OciRegistry,
     access: Access,
+    put: &'a Put,
 }
 
 impl<'a> Target<'a> {
@@ -38,10 +39,11 @@ impl<'a> Target<'a> {
         secrets: &RunSecrets,
         settings: &Settings,
         deadline: Instant,
+        put: &'a Put,
     ) -> Result<Self, Failure> {
         let registries = registries(spec, settings);
         let (registry, access) = registry(spec, secrets, &registries, deadline)?;
-        Ok(Self { folder, spec, registries, registry, access })
+        Ok(Self { folder, spec, registries, registry, access, put })
     }
 
     /// Makes the target the same image as `from`, taken from the first of its mirrors that has it, or else from where it is.
@@ -89,11 +91,9 @@ impl<'a> Target<'a> {
         platform: &Platform,
     ) -> Result<Digest, Error> {
         let to = &self.spec.target_ref;
-        let mut push: Option<File> = None;
-        let mut before_put = |digest: &Digest| {
-            if push.is_none() {
-                push = Some(push_lock(self.folder.path())?);
-            }
+        let mut before_put = |digest: &Digest| -> io::Result<Box<dyn Send>> {
+            let attempt = self.put.begin()?;
+            let push = push_lock(self.folder.path())?;
             // From here on whoever revokes the run waits until the PUT is over; who revoked it before is seen here.
             if self.folder.is_revoked() {
                 return Err(io::Error::other("the run was revoked"));
@@ -101,11 +101,10 @@ impl<'a> Target<'a> {
             if self.folder.is_cancelled() {
                 return Err(io::Error::other("the build was cancelled"));
             }
-            self.folder.record_target(digest)
+            self.folder.record_target(digest)?;
+            Ok(Box::new((push, attempt)))
         };
-        let copied = self.registry.copy(from, to, platform, access, &mut before_put).await;
-        drop(push);
-        copied
+        self.registry.copy(from, to, platform, access, &mut before_put).await
     }
 
     /// The digest of what a reference points at now, where that can be told.

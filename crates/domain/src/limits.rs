@@ -27,6 +27,9 @@ pub const ATTEMPTS: u32 = 3;
 /// The longest a build may wait or run.
 pub const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// How long one request to a registry may take; so long a PUT of a manifest that has begun is waited for.
+pub const REGISTRY_REQUEST: Duration = Duration::from_secs(30);
+
 /// `text`, cut at a character border to at most `bytes`, the cut marked by `…`.
 pub fn truncated(mut text: String, bytes: usize) -> String {
     const MARK: &str = "…";

@@ -25,13 +25,13 @@ pub const LOCK: &str = "lock";
 /// Held (`flock`, exclusive) by the builder's own process alone: free while [`LOCK`] is held means that a builder died and
 /// left children behind.
 pub const BUILDER_LOCK: &str = "builder.lock";
-/// Held (`flock`, exclusive) by the builder from its last look for [`REVOKED`] to the end of the target's PUT, so that
+/// Held (`flock`, exclusive) by the builder from its last look for [`REVOKED`] to the end of that attempt to PUT the target, so that
 /// whoever wrote [`REVOKED`] and then had this lock knows: what was to be PUT has been, and nothing will be.
 pub const PUSH_LOCK: &str = "push.lock";
 /// The builder's standard output and error. It is there from just before the builder is started.
 pub const OUTPUT: &str = "output";
 /// A [`crate::run::Outcome`], JSON; it appears whole or not at all. There is none of a run that was revoked, or whose
-/// builder was killed or told to end by a signal: such a run is lost, and says nothing of the build.
+/// builder was killed or told to end by a signal, before the target was PUT: such a run is lost, and says nothing of the build.
 pub const OUTCOME: &str = "outcome.json";
 /// The digest that the builder is about to PUT at the target; it appears whole or not at all.
 pub const TARGET_DIGEST: &str = "target-digest";

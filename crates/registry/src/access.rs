@@ -21,7 +21,7 @@ pub struct Access {
     pub keychain: Arc<dyn Keychain>,
     /// Where those for what is written to come from; without it, they are the same.
     pub push_keychain: Option<Arc<dyn Keychain>>,
-    /// When the answer is of no use any more. Nothing goes on after it.
+    /// When the answer is of no use any more. Nothing goes on after it but the PUT of a manifest that had begun.
     pub deadline: Instant,
     /// How long each request is retried while its failure may pass (refused, cut, timeout, 5xx).
     pub patience: Duration,

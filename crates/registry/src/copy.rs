@@ -28,23 +28,17 @@ pub(crate) async fn copy(
     let source = Repository::source(client, from, access)?;
     let mount_from = (from.registry() == to.registry()).then_some(from.repository());
     let target = Repository::target(client, to, mount_from, access)?;
-    let manifest = match find(&source, from.selector(), from, platform).await? {
-        Found::Read(manifest) => *manifest,
-        Found::Named(digest) => named(&source, from, &digest).await?,
-    };
-    let blobs = blobs(&manifest, &from.pinned(&manifest.digest).to_string())?;
-    let copies = blobs.into_iter().map(|blob| {
-        let (source, target) = (&source, &target);
-        async move { blob::copy(source, target, &blob).await }
-    });
-    let parallel = client.http.config.parallel_blobs.max(1);
-    stream::iter(copies).buffer_unordered(parallel).try_collect::<()>().await?;
+    let manifest =
+        access.in_time(to.registry(), copy_blobs(client, &source, &target, from, platform)).await?;
 
+    // No attempt begins after the deadline; one that has begun before it is seen to its end.
     let mut retry = Retry::of_request(access, to.registry());
     let mut doubts = Retry::of_doubts(access);
     loop {
-        before_put(&manifest.digest).map_err(|error| Error::Stopped(error.into()))?;
-        match target.put_manifest(to.selector(), &manifest, &to.to_string()).await {
+        let held = before_put(&manifest.digest).map_err(|error| Error::Stopped(error.into()))?;
+        let answer = target.put_manifest(to.selector(), &manifest, &to.to_string()).await;
+        drop(held);
+        match answer {
             Ok(()) => return Ok(manifest.digest),
             // The manifest and its blobs are known to be right. docker-registry 2.8 finds a blob missing or wrong in the moment
             // in which another copy mounts it, as it then writes the blob's link file anew.
@@ -52,6 +46,25 @@ pub(crate) async fn copy(
             Err(failure) => retry.wait(failure).await?,
         }
     }
+}
+
+/// Copies all that an image consists of but its manifest, which is returned.
+async fn copy_blobs(
+    client: &OciRegistry,
+    source: &Repository<'_>,
+    target: &Repository<'_>,
+    from: &ImageReference,
+    platform: &Platform,
+) -> Result<Manifest, Error> {
+    let manifest = match find(source, from.selector(), from, platform).await? {
+        Found::Read(manifest) => *manifest,
+        Found::Named(digest) => named(source, from, &digest).await?,
+    };
+    let blobs = blobs(&manifest, &from.pinned(&manifest.digest).to_string())?;
+    let copies = blobs.into_iter().map(|blob| async move { blob::copy(source, target, &blob).await });
+    let parallel = client.http.config.parallel_blobs.max(1);
+    stream::iter(copies).buffer_unordered(parallel).try_collect::<()>().await?;
+    Ok(manifest)
 }
 
 /// Reads the manifest that an index names.

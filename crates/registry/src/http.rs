@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::{Method, header};
+use kiln_domain::limits;
 use kiln_domain::registries::Registries;
 use reqwest::{Request, Response};
 use url::Url;
@@ -34,7 +35,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             registries: Registries::default(),
-            request_timeout: Duration::from_secs(30),
+            request_timeout: limits::REGISTRY_REQUEST,
             stall_timeout: Duration::from_secs(120),
             parallel_blobs: 3,
         }

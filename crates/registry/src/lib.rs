@@ -39,12 +39,14 @@ pub use crate::http::Config;
 use crate::http::Http;
 use crate::tokens::Tokens;
 
-/// Called with the digest of the manifest that is about to be put.
-pub type BeforePut<'a> = dyn FnMut(&Digest) -> io::Result<()> + Send + 'a;
+/// Called with the digest of the manifest that is about to be put. What it returns is dropped when that attempt is over:
+/// answered, failed, or given up.
+pub type BeforePut<'a> = dyn FnMut(&Digest) -> io::Result<Box<dyn Send>> + Send + 'a;
 
 /// What the rest of Kiln wants of registries.
 ///
-/// Every method ends by [`Access::deadline`], and retries by itself what may pass.
+/// Every method ends by [`Access::deadline`] (but for a PUT that has begun, see [`copy`](Self::copy)), and retries by
+/// itself what may pass.
 #[async_trait]
 pub trait Registry: Send + Sync {
     /// The digest of the single-platform manifest that `reference` stands for.
@@ -67,8 +69,9 @@ pub trait Registry: Send + Sync {
     ///
     /// Blobs first: by a mount within a registry that offers it, else streamed, what is there already skipped;
     /// then the manifest, byte for byte. `before_put` is called with the digest before every attempt to PUT the
-    /// manifest; its error ends the copy as [`Error::Stopped`], the tag untouched by that attempt. Called again
-    /// after any end, it does what is left.
+    /// manifest; its error ends the copy as [`Error::Stopped`], the tag untouched by that attempt. An attempt that has
+    /// begun is not broken off at the deadline, as the registry might finish it: it has [`Config::request_timeout`].
+    /// Called again after any end, the copy does what is left.
     async fn copy(
         &self,
         from: &ImageReference,
@@ -122,8 +125,7 @@ impl Registry for OciRegistry {
         access: &Access,
         before_put: &mut BeforePut<'_>,
     ) -> Result<Digest, Error> {
-        let copied = copy::copy(self, from, to, platform, access, before_put);
-        access.in_time(to.registry(), copied).await
+        copy::copy(self, from, to, platform, access, before_put).await
     }
 }
 

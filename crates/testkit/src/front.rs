@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 /// A request as it came.
@@ -45,7 +46,11 @@ pub enum Reply {
     Silence,
     /// What a real registry says to it.
     Forward(String),
-    /// The same, but only so many bytes of it.
+    /// The same, but not before this is true; also where the client does not wait for it.
+    ForwardOnce(watch::Receiver<bool>, String),
+    /// No answer at all, and the connection is closed once this is true.
+    HangupOnce(watch::Receiver<bool>),
+    /// The same as `Forward`, but only so many bytes of it.
     ForwardCut(String, usize),
 }
 
@@ -170,8 +175,16 @@ async fn serve(
             }
         }
         Reply::Hangup => Ok(()),
+        Reply::HangupOnce(mut allowed) => {
+            let _ = allowed.wait_for(|allowed| *allowed).await;
+            Ok(())
+        }
         Reply::Silence => std::future::pending().await,
         Reply::Forward(upstream) => forward(stream, &asked, &upstream, u64::MAX).await,
+        Reply::ForwardOnce(mut allowed, upstream) => {
+            let _ = allowed.wait_for(|allowed| *allowed).await;
+            forward(stream, &asked, &upstream, u64::MAX).await
+        }
         Reply::ForwardCut(upstream, bytes) => forward(stream, &asked, &upstream, bytes as u64).await,
     }
 }

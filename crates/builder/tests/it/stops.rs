@@ -4,8 +4,10 @@ use anyhow::{Context as _, Result, ensure};
 use kiln_domain::failure::FailureReason::{Internal, Timeout};
 use kiln_domain::run::{RunSecrets, RunSpec};
 use kiln_domain::run_folder;
+use kiln_testkit::front::{Front, Reply};
 use kiln_testkit::workshop::{Workshop, until};
 use rustix::process::{Pid, Signal, kill_process};
+use tokio::sync::watch;
 
 use crate::run::{Run, failed, pushed, run};
 
@@ -184,6 +186,62 @@ async fn a_revocation_before_the_put_is_seen() -> Result<()> {
             !run.has(run_folder::TARGET_DIGEST) && workshop.pushed(&spec.target_ref).await?.is_none(),
             "it pushed"
         );
+    }
+    Ok(())
+}
+
+/// The registry has the target's manifest and lets it wait; meanwhile the builder is told to stop. Whoever wants the push lock
+/// has it only when that PUT is over, and what the builder says is what the registry has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_put_that_has_begun_is_seen_to_its_end() -> Result<()> {
+    let workshop = Workshop::new().await?;
+    let repository = workshop.repository(&[("Dockerfile", "FROM scratch\nCOPY Dockerfile /\n")], &[])?;
+    for (cause, put_succeeds, exit) in [
+        (run_folder::CANCEL, true, 0),
+        (run_folder::REVOKED, true, 0),
+        ("TERM", true, 0),
+        ("deadline", true, 0),
+        (run_folder::CANCEL, false, 1),
+        (run_folder::REVOKED, false, 6),
+        ("deadline", false, 1),
+    ] {
+        let (let_go, held) = watch::channel(false);
+        let upstream = workshop.registry.address().to_owned();
+        let front = Front::start(move |asked| match asked.is("PUT", "/workspace/manifests/") {
+            true if put_succeeds => Reply::ForwardOnce(held.clone(), upstream.clone()),
+            true => Reply::HangupOnce(held.clone()),
+            false => Reply::Forward(upstream.clone()),
+        })
+        .await?;
+        let mut spec = workshop.build(&repository, |_| {})?;
+        let target = spec.target_ref.to_string();
+        spec.target_ref = target.replace(workshop.registry.address(), &front.address).parse()?;
+        if cause == "deadline" {
+            spec.timeout_ms = 5_000;
+        }
+        let mut run = Run::prepare(&workshop, &spec, &RunSecrets::default())?;
+        run.start()?;
+        let puts = || front.count("PUT", "/workspace/manifests/");
+        until("the PUT has begun", || Ok(puts() == 1)).await?;
+        match cause {
+            "TERM" => kill_process(builder(&run)?, Signal::TERM)?,
+            "deadline" => {}
+            name => run.touch(name)?,
+        }
+        until("it knows", || Ok(run.output().contains("told to stop while the target is PUT"))).await?;
+        let lock = std::fs::File::open(run.folder.join(run_folder::PUSH_LOCK))?;
+        let free = rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockShared);
+        ensure!(free.is_err(), "{cause}: the push lock is free while the PUT is under way");
+        let_go.send_replace(true);
+        let ended = run.wait()?;
+        ensure!(ended == Some(exit), "{cause}, {put_succeeds}: {ended:?} {}", run.output());
+        let there = workshop.pushed(&spec.target_ref).await?;
+        ensure!(there.is_some() == put_succeeds && puts() == 1, "{cause}: {there:?}, {} PUTs", puts());
+        match exit {
+            0 => ensure!(Some(pushed(&run.outcome()?)?) == there, "{cause}: another digest"),
+            1 => drop(failed(&run.outcome()?, if cause == "deadline" { Timeout } else { Internal })?),
+            _ => ensure!(!run.has(run_folder::OUTCOME), "{cause}: it left an outcome"),
+        }
     }
     Ok(())
 }

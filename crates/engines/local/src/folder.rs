@@ -146,6 +146,11 @@ impl Folder {
         Ok(self.has(run_folder::CANCEL)? && self.holder()? != Holder::Nobody)
     }
 
+    /// Whether a builder is in the middle of its PUT.
+    pub(crate) fn is_putting(&self) -> io::Result<bool> {
+        Ok(!self.is_free(run_folder::PUSH_LOCK)?)
+    }
+
     /// Kills what lives of the run.
     pub(crate) fn kill(&self) -> io::Result<()> {
         gone(kill::holders(&self.file(run_folder::LOCK)))
@@ -155,7 +160,7 @@ impl Folder {
     /// told yet whether that PUT counts.
     ///
     /// After true no builder of the run PUTs the target: a builder looks for the revocation once it has the push lock,
-    /// and keeps that lock until its PUT is over. Either it looked before the revocation was written: then it had the
+    /// and keeps that lock until its PUT is over, whatever it is told meanwhile. Either it looked before the revocation was written: then it had the
     /// lock, and as it was had here after, its PUT is over. Or it looks later, and finds the revocation.
     pub(crate) fn revoke(&self) -> io::Result<bool> {
         self.make()?;

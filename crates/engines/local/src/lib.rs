@@ -22,6 +22,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use kiln_domain::engine::{Cursor, Engine, EngineError, Handle, Observed, Output};
 use kiln_domain::id::RunId;
+use kiln_domain::limits;
 use kiln_domain::run::{Ended, RunSecrets, RunSpec};
 use kiln_domain::run_folder;
 use tokio::process::{Child, Command};
@@ -112,7 +113,8 @@ impl LocalEngine {
         });
     }
 
-    /// After the grace, kills what lives of the run until nothing does.
+    /// After the grace, kills what lives of the run until nothing does. A PUT that had begun by then has the time that its
+    /// request may take: of a builder killed in it nobody could say when the registry applies what it was sent.
     fn see_to_end(&self, run: &RunId) {
         if !locked(&self.ending).insert(run.clone()) {
             return;
@@ -122,7 +124,12 @@ impl LocalEngine {
         self.tasks.spawn(async move {
             let killing = async {
                 sleep(grace).await;
+                let put_over = Instant::now() + limits::REGISTRY_REQUEST;
                 while blocking(&folder, Folder::is_ending).await != Ok(false) {
+                    if Instant::now() < put_over && blocking(&folder, Folder::is_putting).await == Ok(true) {
+                        sleep(LOOK).await;
+                        continue;
+                    }
                     tracing::warn!(run.id = %run, "killing what lives of the run {grace:?} after it was asked to end");
                     let _ = blocking(&folder, Folder::kill).await;
                     sleep(LOOK).await;

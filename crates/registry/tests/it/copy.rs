@@ -5,6 +5,7 @@ use std::time::Duration;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_registry::{Access, Config, Error, OciRegistry, Problem, Registry as _};
 use kiln_testkit::registry::{DockerRegistry, Files};
+use tokio::sync::watch;
 
 use crate::{LONG, amd64, at_once, client};
 use kiln_testkit::front::{Front, Reply};
@@ -12,7 +13,7 @@ use kiln_testkit::front::{Front, Reply};
 const FILES: Files<'_> = &[("bin/hello", b"hello")];
 
 async fn copy(from: &ImageReference, to: &ImageReference, access: &Access) -> Result<Digest, Error> {
-    client().copy(from, to, &amd64(), access, &mut |_| Ok(())).await
+    client().copy(from, to, &amd64(), access, &mut |_| Ok(Box::new(()))).await
 }
 
 /// Everything of the image is there, byte for byte.
@@ -157,7 +158,7 @@ async fn of_an_index_one_platform_is_copied() {
     assert_same((&here, "app"), (&there, "app"), "1", &digests[1]).await;
     assert_eq!(there.manifest("app", digests[0].as_str()).await.unwrap(), None);
     let error = client()
-        .copy(&from, &to, &"linux/s390x".parse().unwrap(), &at_once(), &mut |_| Ok(()))
+        .copy(&from, &to, &"linux/s390x".parse().unwrap(), &at_once(), &mut |_| Ok(Box::new(())))
         .await
         .unwrap_err();
     assert!(matches!(error, Error::NoPlatform { .. }), "{error}");
@@ -197,11 +198,36 @@ async fn a_put_that_is_tried_again_is_announced_again() {
     client()
         .copy(&from, &to, &amd64(), &Access::anonymous(LONG), &mut |_| {
             announced += 1;
-            Ok(())
+            Ok(Box::new(()))
         })
         .await
         .unwrap();
     assert_eq!(announced, 2);
+}
+
+#[tokio::test]
+async fn a_put_that_has_begun_is_not_broken_off_at_the_deadline() {
+    let registry = DockerRegistry::start().await.unwrap();
+    let digest = registry.push_image("app:1", "linux/amd64", FILES).await.unwrap();
+    let upstream = registry.address().to_owned();
+    let (let_go, held) = watch::channel(false);
+    let front = Front::start(move |asked| match asked.is("PUT", "/manifests/") {
+        true => Reply::ForwardOnce(held.clone(), upstream.clone()),
+        false => Reply::Forward(upstream.clone()),
+    })
+    .await
+    .unwrap();
+    let (from, to) = (through(&front, "app:1"), through(&front, "ws:1"));
+    let access = Access::anonymous(Duration::from_secs(3));
+    let late = async {
+        tokio::time::sleep_until(access.deadline + Duration::from_millis(50)).await;
+        assert_eq!(front.count("PUT", "/manifests/"), 1, "it has not begun: this test tests nothing");
+        let_go.send_replace(true);
+    };
+    let (client, platform) = (client(), amd64());
+    let mut go = |_: &Digest| -> io::Result<Box<dyn Send>> { Ok(Box::new(())) };
+    let (copied, ()) = tokio::join!(client.copy(&from, &to, &platform, &access, &mut go), late);
+    assert_eq!(copied.unwrap(), digest);
 }
 
 #[tokio::test]
@@ -267,7 +293,7 @@ async fn a_push_registry_that_is_away_is_waited_for_and_another_is_not() {
     access.insist_on = Some(there.address().to_owned());
     let client = client();
     let platform = amd64();
-    let mut go = |_: &Digest| Ok(());
+    let mut go = |_: &Digest| -> io::Result<Box<dyn Send>> { Ok(Box::new(())) };
     let mut copying = client.copy(&from, &to, &platform, &access, &mut go);
     // It is at it, and does not give up.
     let early = tokio::time::timeout(Duration::from_millis(300), &mut copying).await;
@@ -294,8 +320,10 @@ async fn an_upload_that_stands_still_is_begun_anew() {
         ..Config::default()
     });
     let (from, to) = (here.reference("app:1").unwrap(), through(&front, "app:1"));
-    let error =
-        client.copy(&from, &to, &amd64(), &Access::anonymous(LONG), &mut |_| Ok(())).await.unwrap_err();
+    let error = client
+        .copy(&from, &to, &amd64(), &Access::anonymous(LONG), &mut |_| Ok(Box::new(())))
+        .await
+        .unwrap_err();
     assert!(matches!(&error, Error::Unavailable { problem: Problem::Timeout, .. }), "{error}");
     assert_eq!(error.registry(), Some(front.address.as_str()));
     assert_eq!(front.count("PUT", "/upload"), 5);

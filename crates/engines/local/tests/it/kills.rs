@@ -6,13 +6,15 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use kiln_domain::engine::{Cursor, Engine, EngineError, Observed};
 use kiln_domain::id::RunId;
-use kiln_domain::run::{RunSecrets, RunSpec, Work};
+use kiln_domain::run::{RunResult, RunSecrets, RunSpec, Work};
 use kiln_domain::run_folder;
 use kiln_engine_local::LocalEngine;
 use kiln_testkit::engine_conformance::{ENDLESS, Job, Place};
+use kiln_testkit::front::{Front, Reply};
 use kiln_testkit::wire::Wire;
 use kiln_testkit::workshop::until;
 use rustix::process::{Pid, Signal, kill_process};
+use tokio::sync::watch;
 
 use crate::place::LocalPlace;
 
@@ -76,6 +78,41 @@ async fn a_builder_that_does_not_react_is_killed_after_the_grace() -> Result<()>
     ensure!(ended.outcome.is_none(), "a stopped builder left {ended:?}");
     other.remove(&spec.run).await?;
     ensure!(place.left(&spec.run)?.is_empty(), "it left {:?}", place.left(&spec.run)?);
+    Ok(())
+}
+
+/// Cancelled and revoked while the registry holds its PUT, far beyond the grace: neither is done before the PUT is over, and then
+/// what the run says of itself is what the registry has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_builder_is_not_killed_in_its_put_and_revoked_only_after_it() -> Result<()> {
+    let place = LocalPlace::new().await?.with_grace(Duration::from_millis(100));
+    let (let_go, held) = watch::channel(false);
+    let upstream = place.workshop.registry.address().to_owned();
+    let front = Front::start(move |asked| match asked.is("PUT", "/workspace/manifests/") {
+        true => Reply::ForwardOnce(held.clone(), upstream.clone()),
+        false => Reply::Forward(upstream.clone()),
+    })
+    .await?;
+    let (engine, (mut spec, secrets)) = (place.local(), place.job(Job::Succeeds)?);
+    let target = spec.target_ref.to_string();
+    spec.target_ref = target.replace(place.workshop.registry.address(), &front.address).parse()?;
+    let handle = engine.start(&spec, &secrets).await?;
+    until("the PUT has begun", || Ok(front.count("PUT", "/workspace/manifests/") == 1)).await?;
+    engine.cancel(&spec.run).await?;
+    let revoked = engine.revoke(&spec.run).await;
+    ensure!(matches!(revoked, Err(EngineError::Unavailable(_))), "{revoked:?} while the PUT is under way");
+    ensure!(
+        engine.observe(&spec.run).await? == Observed::Running(handle.clone()),
+        "it was killed in its PUT"
+    );
+    let_go.send_replace(true);
+    engine.revoke(&spec.run).await?;
+    let there = place.pushed(&spec).await?;
+    let ended = tokio::time::timeout(LONG, engine.ended(&spec.run, &handle)).await??;
+    let reported = ended.outcome.map(|outcome| outcome.result);
+    ensure!(there.is_some() && reported == there.map(RunResult::Pushed), "it says {reported:?}");
+    engine.remove(&spec.run).await?;
+    engine.close().await;
     Ok(())
 }
 
