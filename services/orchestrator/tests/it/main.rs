@@ -3,6 +3,7 @@
 #![cfg(test)]
 
 mod cancel;
+mod cleanup;
 mod lifecycle;
 mod single_flight;
 mod stage;
