@@ -1,6 +1,7 @@
-//! `KILN_SECRETS`: a sealed entry for each build that isn't cleaned up yet.
+//! `KILN_SECRETS`: a sealed entry for each build that isn't cleaned up yet. Where somebody's hand took an entry, another
+//! stands for it, which says that the secrets are lost.
 
-use async_nats::jetstream::kv::Operation;
+use async_nats::jetstream::kv::{CreateErrorKind, Operation};
 use async_nats::jetstream::stream::LastRawMessageErrorKind;
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -12,6 +13,9 @@ use kiln_domain::id::BuildId;
 use crate::connection::Bus;
 use crate::error::BusError;
 use crate::seal::{OpenKey, SealError, SealKey};
+
+/// In place of secrets that are lost. Not empty: empty bytes open as no secrets, and a build would be run without its own.
+const LOST: &[u8] = b"lost";
 
 /// Seals a request's secrets, for a question or the bucket.
 pub fn seal(key: &SealKey, secrets: &Secrets) -> Result<Bytes, SealError> {
@@ -56,8 +60,28 @@ impl SecretsBucket {
         self.bus.call("keep a build's secrets", self.store.put(id.as_str(), sealed)).await.map(|_| ())
     }
 
-    /// A build's sealed secrets; `None` once it is cleaned up.
+    /// Lists a build whose entry is lost, so that it is cleaned up once it is over. Whether there was none: an entry that is
+    /// there stays.
+    pub async fn list_without_secrets(&self, id: &BuildId) -> Result<bool, BusError> {
+        const LIST: &str = "list a build whose secrets are lost";
+        match self.bus.attend(LIST, self.store.create(id.as_str(), Bytes::from_static(LOST))).await? {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == CreateErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(BusError::unavailable(LIST, error)),
+        }
+    }
+
+    /// A build's sealed secrets; `None` if they are lost, or once it is cleaned up.
     pub async fn get(&self, id: &BuildId) -> Result<Option<Bytes>, BusError> {
+        Ok(self.entry(id).await?.filter(|sealed| sealed != LOST))
+    }
+
+    /// Whether a build isn't cleaned up yet.
+    pub async fn lists(&self, id: &BuildId) -> Result<bool, BusError> {
+        Ok(self.entry(id).await?.is_some())
+    }
+
+    async fn entry(&self, id: &BuildId) -> Result<Option<Bytes>, BusError> {
         const READ: &str = "read a build's secrets";
         let key = format!("$KV.{}.{id}", bucket::SECRETS);
         // From the leader: a replica may not have yet what was put a moment ago, and a build would fail for it.

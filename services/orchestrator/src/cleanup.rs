@@ -1,9 +1,11 @@
-//! Cleaning up: the keys of `KILN_SECRETS` are the builds of which something may be left.
+//! Cleaning up: the keys of `KILN_SECRETS` are the builds of which something may be left. Where an active build has lost its
+//! key, it gets another.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use kiln_bus::BusError;
 use kiln_bus::view::News;
 use kiln_domain::engine::Observed;
 use kiln_domain::id::{BuildId, RunId};
@@ -50,11 +52,38 @@ async fn sweep(shared: &Shared, without_build: &mut HashMap<BuildId, Instant>) {
     };
     without_build.retain(|id, _| builds.contains(id));
     let live = shared.holders.live();
+    let listed: HashSet<&BuildId> = builds.iter().collect();
+    for active in shared.view.active() {
+        let id = &active.record.id;
+        if !listed.contains(id)
+            && rank(id.as_str(), &me, &live) == 0
+            && let Err(error) = list_again(shared, id).await
+        {
+            tracing::warn!(build.id = %id, "whether `{id}` is listed for the clean-up can't be seen to now: {error}");
+        }
+    }
     for id in builds.iter().filter(|id| rank(id.as_str(), &me, &live) == 0) {
         if let Err(error) = clean_up(shared, id, without_build).await {
             tracing::warn!(build.id = %id, "build `{id}` can't be cleaned up yet: {error:#}");
         }
     }
+}
+
+/// A build has its entry from before it is accepted until it is cleaned up; one that has none has lost it to somebody's hand.
+/// Without an entry nobody would remove its runs.
+async fn list_again(shared: &Shared, id: &BuildId) -> Result<(), BusError> {
+    // The view may be behind a build that is cleaned up by now.
+    let last = shared.journal.last_of_build(id).await?;
+    let active = last.is_some_and(|last| !last.record.state.is_terminal());
+    if active && shared.secrets.list_without_secrets(id).await? {
+        shared.metrics.lost_secrets();
+        tracing::error!(
+            build.id = %id,
+            "the secrets of `{id}` are lost: its entry in KILN_SECRETS was removed; if it has not started yet it fails, \
+             and what its builder says is withheld"
+        );
+    }
+    Ok(())
 }
 
 async fn clean_up(

@@ -48,6 +48,7 @@ pub(crate) struct Metrics {
     started: Counter,
     retried: Counter,
     lost: Counter,
+    lost_secrets: Counter,
     done: Family<Result, Counter>,
     seconds: Family<Result, Histogram, fn() -> Histogram>,
     pub(crate) running: Gauge,
@@ -61,6 +62,7 @@ impl Metrics {
             started: Counter::default(),
             retried: Counter::default(),
             lost: Counter::default(),
+            lost_secrets: Counter::default(),
             done: Family::default(),
             seconds: Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.25, 2.0, 16))),
             running: Gauge::default(),
@@ -77,6 +79,11 @@ impl Metrics {
             "builds_lost",
             "Builders ended because the journal lost their builds",
             metrics.lost.clone(),
+        );
+        registry.register(
+            "secrets_lost",
+            "Active builds whose entry in KILN_SECRETS was removed",
+            metrics.lost_secrets.clone(),
         );
         registry.register("builds_done", "Builds that ended, by result and reason", metrics.done.clone());
         registry.register("build_seconds", "Time from accepted to ended", metrics.seconds.clone());
@@ -105,6 +112,10 @@ impl Metrics {
 
     pub(crate) fn lost(&self) {
         self.lost.inc();
+    }
+
+    pub(crate) fn lost_secrets(&self) {
+        self.lost_secrets.inc();
     }
 
     pub(crate) fn ended(&self, entry: &Entry) {

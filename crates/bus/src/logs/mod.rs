@@ -134,8 +134,7 @@ impl Logs {
 
     /// Whether the build isn't cleaned up yet: before that its log is completed, so it is there or to come.
     async fn is_to_come(&self, id: &BuildId) -> Result<bool, BusError> {
-        let secrets = SecretsBucket::open(&self.shared.bus).await?;
-        Ok(secrets.get(id).await?.is_some())
+        SecretsBucket::open(&self.shared.bus).await?.lists(id).await
     }
 
     /// The first message at or after a sequence, from the stream's leader.

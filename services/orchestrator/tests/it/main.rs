@@ -3,6 +3,7 @@
 #![cfg(test)]
 
 mod cancel;
+mod cleanup;
 mod lifecycle;
 mod one_time;
 mod single_flight;

@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use async_trait::async_trait;
+use bytes::Bytes;
 use futures::StreamExt as _;
 use kiln_bus::events;
 use kiln_bus::holders::Holders;
 use kiln_bus::journal::{Entry, Journal};
 use kiln_bus::layout::Layout;
+use kiln_bus::logs::Logs;
 use kiln_bus::seal::OpenKey;
 use kiln_bus::secrets::{self, SecretsBucket};
 use kiln_bus::serve::Server;
@@ -23,7 +25,7 @@ use kiln_contract::resolver::{
 use kiln_contract::secrets::Secrets;
 use kiln_contract::subject;
 use kiln_domain::engine::Engine;
-use kiln_domain::id::{BuildId, RunId};
+use kiln_domain::id::{BuildId, InstanceId, RunId};
 use kiln_domain::record::Record;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run::{Ended, Findings, Outcome, RunResult};
@@ -297,6 +299,14 @@ impl Stage {
 
     pub(crate) fn push(&self, reference: &str, digest: &Digest) {
         self.images.lock().unwrap_or_else(PoisonError::into_inner).insert(reference.into(), digest.clone());
+    }
+
+    /// What a relay does at a build's end.
+    pub(crate) async fn complete_log(&self, build: &Record) -> Result<()> {
+        let (logs, relay) = (Logs::new(&self.bus), InstanceId::new("log-relay", 1)?);
+        let mut writer = logs.claim(&build.id, &relay, None).await?;
+        let source = writer.source().clone();
+        Ok(writer.append(Bytes::new(), source, true).await?)
     }
 
     /// The builder pushes and says so.
