@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, SystemTime};
 
+use kiln_domain::id::RunId;
 use kiln_domain::run::{Ended, RunSecrets, RunSpec};
 use kiln_domain::run_folder::{self, SecretsFile, Settings};
 use rustix::fs::{FlockOperation, flock};
@@ -285,16 +286,28 @@ impl Folder {
     }
 }
 
-/// Removes the revocations of removed runs that are older than `age`.
-pub(crate) fn forget_revoked(runs: &Path, now: SystemTime, age: Duration) -> io::Result<()> {
-    for entry in fs::read_dir(runs)?.flatten() {
+/// Removes the revocations of removed runs that are older than `age`. One that can't be removed is told of, and hinders no other:
+/// nothing depends on their going soon. What is no run's (a disk's `lost+found`) is let be.
+pub(crate) fn forget_revoked(runs: &Path, now: SystemTime, age: Duration) {
+    let forget = |folder: &Folder| match folder.only_revoked()? {
+        Some(written) if now.duration_since(written).is_ok_and(|since| since > age) => {
+            gone(fs::remove_dir_all(folder.path()))
+        }
+        _ => Ok(()),
+    };
+    let entries = match fs::read_dir(runs) {
+        Ok(entries) => entries,
+        // Before the first run there is none.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+        Err(error) => return tracing::warn!("cannot sweep {}: {error}", runs.display()),
+    };
+    for entry in entries.flatten() {
+        let is_run = entry.file_name().to_str().is_some_and(|name| name.parse::<RunId>().is_ok());
         let folder = Folder::new(entry.path());
-        let Some(written) = folder.only_revoked()? else { continue };
-        if now.duration_since(written).is_ok_and(|since| since > age) {
-            gone(fs::remove_dir_all(folder.path()))?;
+        if is_run && let Err(error) = forget(&folder) {
+            tracing::warn!("cannot remove the old revocation in {}: {error}", folder.path().display());
         }
     }
-    Ok(())
 }
 
 /// For files that only this user may read.
@@ -314,13 +327,23 @@ fn gone<T: Default>(result: io::Result<T>) -> io::Result<T> {
 
 #[cfg(test)]
 mod tests {
+    use kiln_domain::id::{BuildId, ImageKey};
+
     use super::*;
 
     #[test]
     fn revocations_of_removed_runs_are_forgotten_after_their_time() {
         let runs = tempfile::tempdir().unwrap();
-        let folder = |name: &str| Folder::new(runs.path().join(name));
-        let (old, kept, young) = (folder("old"), folder("kept"), folder("young"));
+        let run = |number: u8| RunId::new(&BuildId::new(&ImageKey::of("a/b:1"), [number; 10]), 1);
+        let folder = |number: u8| Folder::new(runs.path().join(run(number).as_str()));
+        let (old, kept, young) = (folder(1), folder(2), folder(3));
+        // What somebody else left there, and what only looks like a run.
+        fs::write(runs.path().join("notes.txt"), "").unwrap();
+        for number in 4..20 {
+            fs::write(folder(number).path(), "").unwrap();
+        }
+        let foreign = Folder::new(runs.path().join("lost+found"));
+        assert!(foreign.revoke().unwrap());
         for folder in [&old, &kept, &young] {
             assert!(folder.revoke().unwrap());
         }
@@ -328,11 +351,12 @@ mod tests {
         fs::write(kept.file(run_folder::OUTPUT), "").unwrap();
         let day = Duration::from_secs(86_400);
         let now = fs::metadata(young.file(run_folder::REVOKED)).unwrap().modified().unwrap();
-        for folder in [&old, &kept] {
+        for folder in [&old, &kept, &foreign] {
             let file = File::options().write(true).open(folder.file(run_folder::REVOKED)).unwrap();
             file.set_modified(now - 2 * day).unwrap();
         }
-        forget_revoked(runs.path(), now, day).unwrap();
-        assert_eq!([&old, &kept, &young].map(|folder| folder.exists().unwrap()), [false, true, true]);
+        forget_revoked(runs.path(), now, day);
+        let left = [&old, &kept, &young, &foreign].map(|folder| folder.exists().unwrap());
+        assert_eq!(left, [false, true, true, true]);
     }
 }

@@ -67,8 +67,8 @@ impl LocalEngine {
     }
 
     /// Forgets the revocations whose time is over; each removal of a run does so too.
-    pub fn sweep(&self) -> io::Result<()> {
-        forget_revoked(&self.config.runs, inspect::now(), REVOKED_FOR)
+    pub fn sweep(&self) {
+        forget_revoked(&self.config.runs, inspect::now(), REVOKED_FOR);
     }
 
     /// Ends the engine's own tasks; builders run on.
@@ -279,7 +279,11 @@ impl Engine for LocalEngine {
         blocking(&folder, Folder::empty).await?;
         drop(lock);
         let runs = self.config.runs.clone();
-        blocking(&folder, move |_| forget_revoked(&runs, inspect::now(), REVOKED_FOR)).await
+        blocking(&folder, move |_| {
+            forget_revoked(&runs, inspect::now(), REVOKED_FOR);
+            Ok(())
+        })
+        .await
     }
 
     async fn read(&self, run: &RunId, from: &Cursor, max: usize) -> Result<Output, EngineError> {

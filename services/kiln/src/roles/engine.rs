@@ -129,8 +129,6 @@ pub(crate) fn open_local(
         Err(problem) => tracing::error!("no Dockerfile can be executed: {problem}"),
     }
     let engine = LocalEngine::new(config);
-    if let Err(error) = engine.sweep() {
-        tracing::warn!("revocations of runs that are long over stay for now: {error}");
-    }
+    engine.sweep();
     Ok(Arc::new(engine))
 }
