@@ -78,6 +78,130 @@ async fn without_the_server_every_call_is_unavailable_at_once_and_with_it_all_go
     }
     ensure!(took < Duration::from_millis(600) * u32::try_from(calls.len())?, "they took {took:?}");
     server.start_again().await?;
+    let again = async {
+        loop {
+            match queue(&journal, 2).await {
+                Ok(entry) => return entry,
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    };
+    let entry = tokio::time::timeout(SOON, again).await?;
+    ensure!(view.reached(entry.sequence, SOON).await, "the view catches up by itself");
+    ensure!(view.active().len() == 2);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_connection_lost_under_a_call_is_not_waited_for() -> Result<()> {
+    let mut server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let journal = Journal::open(&bus).await?;
+    // It takes the call, and never answers.
+    server.pause()?;
+    let key = records::queued("x", [1; 10])?.image_key();
+    let reading = journal.last_of_image(&key);
+    let killed = async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        server.kill();
+        Instant::now()
+    };
+    let (read, killed) = tokio::join!(reading, killed);
+    ensure!(matches!(read, Err(BusError::Unavailable { .. })), "{read:?}");
+    ensure!(killed.elapsed() < Duration::from_secs(2), "it took {:?} more", killed.elapsed());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_view_whose_stream_is_made_anew_begins_anew_and_says_so() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let journal = Journal::open(&bus).await?;
+    let view = View::start(&bus, 100, &TaskTracker::new(), &CancellationToken::new());
+    let before = queue(&journal, 1).await?;
+    ensure!(view.reached(before.sequence, SOON).await);
+    let mut changes = view.changes();
+    by_hand(&server).await?.delete_stream(subject::JOURNAL_STREAM).await?;
+    bus.provision(&layout(1)).await?;
+    // As many events as before, and more: that they are others shows nowhere but in the stream's own age.
+    for n in 2..6 {
+        queue(&journal, n).await?;
+    }
+    let anew = async {
+        while !matches!(changes.recv().await?, News::BegunAnew) {}
+        anyhow::Ok(())
+    };
+    tokio::time::timeout(SOON, anew).await??;
+    tokio::time::timeout(SOON, view.caught_up()).await?;
+    ensure!(view.get(&before.record.id).is_none(), "what the stream doesn't hold isn't");
+    ensure!(view.active().len() == 4, "{}", view.active().len());
+    let later = queue(&journal, 7).await?;
+    ensure!(view.reached(later.sequence, SOON).await && view.get(&later.record.id).is_some());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_purged_journal_is_seen_and_an_append_to_what_is_gone_says_so() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let journal = Journal::open(&bus).await?;
+    let view = View::start(&bus, 100, &TaskTracker::new(), &CancellationToken::new());
+    let lost = queue(&journal, 1).await?;
+    ensure!(view.reached(lost.sequence, SOON).await);
+    let mut changes = view.changes();
+    by_hand(&server).await?.get_stream(subject::JOURNAL_STREAM).await?.purge().await?;
+    let by = instance(1)?;
+    let begun = Instant::now();
+    let appended = journal.append(Some(&lost), &Change::Claimed { by: by.clone() }, &by).await;
+    ensure!(matches!(appended, Err(AppendError::Gone)), "{appended:?}");
+    ensure!(begun.elapsed() < Duration::from_secs(3));
+    ensure!(matches!(tokio::time::timeout(SOON, changes.recv()).await??, News::BegunAnew));
+    ensure!(view.active().is_empty());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_view_whose_consumer_was_deleted_makes_another() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let journal = Journal::open(&bus).await?;
+    let view = View::start(&bus, 100, &TaskTracker::new(), &CancellationToken::new());
+    let first = queue(&journal, 1).await?;
+    ensure!(view.reached(first.sequence, SOON).await);
+    let stream = by_hand(&server).await?.get_stream(subject::JOURNAL_STREAM).await?;
+    let consumers: Vec<String> = stream.consumer_names().try_collect().await?;
+    ensure!(!consumers.is_empty());
+    for consumer in consumers {
+        stream.delete_consumer(&consumer).await?;
+    }
+    let second = queue(&journal, 2).await?;
+    ensure!(view.reached(second.sequence, Duration::from_secs(60)).await, "it stands still");
+    ensure!(view.active().len() == 2);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_without_its_majority_is_an_error_soon_and_heals() -> Result<()> {
+    let mut cluster = nats::run_cluster(3).await?;
+    let urls: Vec<_> = cluster.nodes.iter().map(nats::NatsServer::url).collect();
+    let bus = provisioned(&urls.join(","), 3).await?;
+    let (journal, secrets) = (Journal::open(&bus).await?, SecretsBucket::open(&bus).await?);
+    let view = View::start(&bus, 100, &TaskTracker::new(), &CancellationToken::new());
+    let before = queue(&journal, 1).await?;
+    for node in &mut cluster.nodes[1..] {
+        node.kill();
+    }
+    // What the servers don't answer ends at the bus's own limits: ten seconds for an append, five for a read.
+    let begun = Instant::now();
+    let record = records::queued("lost", [9; 10])?;
+    let appended = journal.append(None, &Change::Queued(Box::new(record.clone())), &instance(1)?).await;
+    ensure!(matches!(appended, Err(AppendError::Bus(BusError::Unavailable { .. }))), "{appended:?}");
+    let put = secrets.put(&record.id, "x".into()).await;
+    ensure!(matches!(put, Err(BusError::Unavailable { .. })), "{put:?}");
+    ensure!(begun.elapsed() < Duration::from_secs(30), "they took {:?}", begun.elapsed());
+    for node in &mut cluster.nodes[1..] {
+        node.start_again().await?;
+    }
     let mut refusal = None;
     let again = async {
         // Another build each time: one whose answer was lost may have been queued.
