@@ -2,7 +2,6 @@
 
 use std::io::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use jiff::Timestamp;
 use kiln_domain::step::{Step, StepTimes};
@@ -82,21 +81,6 @@ impl Output {
     pub(crate) fn steps(&self) -> Vec<Step> {
         self.end_steps();
         lock(&self.steps).done.clone()
-    }
-}
-
-/// `step 3/7 \`RUN make\``.
-pub(crate) fn step_name(step: &Step) -> String {
-    let Step { number, of, name, .. } = step;
-    if *of == 0 { format!("step {number} `{name}`") } else { format!("step {number}/{of} `{name}`") }
-}
-
-/// A duration as a person says it.
-pub(crate) fn spoken(duration: Duration) -> String {
-    match duration.as_secs() {
-        0..60 => format!("{:.1} s", duration.as_secs_f64()),
-        seconds @ 60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
-        seconds => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
     }
 }
 

@@ -8,7 +8,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::folder::Folder;
-use crate::output::{Output, spoken, step_name};
+use crate::output::Output;
 
 /// How often the folder is looked at.
 const LOOK: Duration = Duration::from_millis(100);
@@ -87,16 +87,7 @@ impl Stop {
     /// What is told of it. Of a loss only the log tells; whether a build is *cancelled* is decided by the journal.
     pub(crate) fn failure(&self, timeout: Duration, steps: &[Step]) -> Failure {
         match self {
-            Self::Deadline => {
-                let longest = steps.iter().max_by_key(|step| step.duration_ms);
-                let ran = longest.map(|step| {
-                    let took = spoken(Duration::from_millis(step.duration_ms.unwrap_or(0)));
-                    format!("; what ran longest: {} ({took})", step_name(step))
-                });
-                let message =
-                    format!("the build took longer than {}{}", spoken(timeout), ran.unwrap_or_default());
-                Failure::new(FailureReason::Timeout, message)
-            }
+            Self::Deadline => Failure::took_too_long(timeout, steps, None),
             Self::Cancelled => Failure::asked_to_stop(),
             Self::Revoked => Failure::new(FailureReason::Internal, "the run was revoked"),
             Self::Terminated => Failure::new(FailureReason::Internal, "the builder was told to end"),

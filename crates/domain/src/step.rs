@@ -24,6 +24,14 @@ pub struct Step {
     pub cached: bool,
 }
 
+impl Step {
+    /// ``step 3/7 `RUN make` ``, as it stands in a sentence.
+    pub fn label(&self) -> String {
+        let Self { number, of, name, .. } = self;
+        if *of == 0 { format!("step {number} `{name}`") } else { format!("step {number}/{of} `{name}`") }
+    }
+}
+
 /// The head of a step in a build tool's output.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StepLine {

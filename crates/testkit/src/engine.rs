@@ -24,6 +24,8 @@ pub struct FakeEngine {
 struct Place {
     runs: Mutex<HashMap<RunId, Run>>,
     starts: watch::Sender<Starts>,
+    /// A run whose removal takes until the test says otherwise.
+    kept: watch::Sender<Option<RunId>>,
     changed: watch::Sender<()>,
 }
 
@@ -91,6 +93,16 @@ impl FakeEngine {
     /// Builders start again.
     pub fn make_starts(&self) {
         self.place.starts.send_replace(Starts::Made);
+    }
+
+    /// From now on the removal of this run takes until [`FakeEngine::make_removals`].
+    pub fn hold_removal(&self, run: &RunId) {
+        self.place.kept.send_replace(Some(run.clone()));
+    }
+
+    /// Every run can be removed again.
+    pub fn make_removals(&self) {
+        self.place.kept.send_replace(None);
     }
 
     /// How often a run was asked to start.
@@ -235,6 +247,8 @@ impl Engine for FakeEngine {
 
     async fn remove(&self, run: &RunId) -> Result<(), EngineError> {
         self.act(run, "remove");
+        // Fails only when the sender is gone, which `self` holds.
+        let _ = self.place.kept.subscribe().wait_for(|kept| kept.as_ref() != Some(run)).await;
         // What was removed is over: nobody starts it again.
         self.change(run, |run| {
             run.revoked |= run.there;

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use kiln_domain::engine::Observed;
 use kiln_domain::failure::{Failure, FailureReason};
-use kiln_domain::finding::spoken;
 use kiln_domain::limits;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run::{Ended, Findings, RunResult};
@@ -154,23 +153,11 @@ impl Held<'_> {
     }
 
     async fn took_too_long(&self, findings: &Findings) -> Failure {
-        let longest = findings.steps.iter().max_by_key(|step| step.duration_ms);
-        let what = longest.map(|step| {
-            let took = spoken(Duration::from_millis(step.duration_ms.unwrap_or_default()));
-            format!("; what ran longest: step {}, {} ({took})", step.number, step.name)
-        });
         // A builder that was killed, or stands still, has told of no step's time; but of the one that it was at.
-        let what =
-            match what {
-                Some(what) => Some(what),
-                None => self.shared.logs.last_progress(&self.record().id).await.map(|progress| {
-                    format!("; it was at step {}, {}", progress.step.number, progress.step.name)
-                }),
-            };
-        let limit = spoken(self.record().timeout());
-        Failure::new(
-            FailureReason::Timeout,
-            format!("the build took longer than {limit}{}", what.unwrap_or_default()),
-        )
+        let at = match findings.steps.as_slice() {
+            [] => self.shared.logs.last_progress(&self.record().id).await.map(|progress| progress.step),
+            _ => None,
+        };
+        Failure::took_too_long(self.record().timeout(), &findings.steps, at.as_ref())
     }
 }

@@ -7,7 +7,6 @@ use kiln_domain::reference::ImageReference;
 use kiln_domain::step::Step;
 
 use crate::children::Finished;
-use crate::output::step_name;
 use crate::registry_error::{RegistryError as Registry, asked};
 use crate::tool::ToolError;
 
@@ -28,7 +27,7 @@ pub(super) fn of_build(
         .replace(&format!("{work}/source"), ".");
     let error = without_dump(&error.replace(work, "")).to_owned();
     let failed = |reason, message: String| ToolError::Failed(Failure::new(reason, message));
-    let named = step.map_or_else(|| "the build".to_owned(), step_name);
+    let named = step.map_or_else(|| "the build".to_owned(), Step::label);
     if let Some(at_step) = error.strip_prefix("building at STEP ") {
         // The step's own text comes first, and may say anything: an exit status is what stands last.
         let code = at_step.rsplit_once("exit status ").and_then(|(_, code)| code.trim().parse::<i32>().ok());

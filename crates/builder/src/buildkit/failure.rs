@@ -4,7 +4,6 @@ use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::reference::ImageReference;
 use kiln_domain::step::Step;
 
-use crate::output::step_name;
 use crate::registry_error::{RegistryError, asked};
 use crate::tool::ToolError;
 
@@ -34,7 +33,7 @@ pub(super) fn of_build(
     if LOST.iter().any(|lost| error.contains(lost)) {
         return ToolError::Lost(format!("BuildKit's daemon is gone: {error}"));
     }
-    let named = step.map_or_else(|| "the build".to_owned(), step_name);
+    let named = step.map_or_else(|| "the build".to_owned(), Step::label);
     // The command's own text comes first, and may say anything: what became of it stands last.
     if let Some((_, told)) = error.rsplit_once("did not complete successfully: ") {
         let code = told

@@ -55,3 +55,36 @@ async fn a_build_that_lost_its_secrets_before_it_started_fails_and_runs_never() 
     ensure!(told == (Some(FailureReason::Internal), "the build's secrets are gone"), "{over:?}");
     Ok(())
 }
+
+#[tokio::test]
+async fn a_run_that_can_not_be_removed_keeps_no_other_from_it() -> Result<()> {
+    let stage = Stage::set().await?;
+    let _orchestrator = stage.orchestrator(config()).await?;
+    let secrets = SecretsBucket::open(&stage.bus).await?;
+    let mut builds = Vec::new();
+    for image in ["a", "b", "c"] {
+        let build = stage.begin(image, |_| {}).await?;
+        stage.until(&build.id, |entry| entry.record.state == State::Running).await?;
+        builds.push(build);
+    }
+    let [held, others @ ..] = &builds[..] else { unreachable!() };
+    stage.engine.hold_removal(&held.run());
+    stage.succeed(held, &Digest::of(b"image"));
+    stage.complete_log(held).await?;
+    let removing = async {
+        while !stage.engine.acts(&held.run()).contains(&"remove") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(SOON, removing).await.context("it is not cleaned up")?;
+    for build in others {
+        stage.succeed(build, &Digest::of(b"image"));
+        stage.complete_log(build).await?;
+    }
+    for build in others {
+        listed(&secrets, build, false).await?;
+    }
+    ensure!(secrets.lists(&held.id).await? && stage.engine.is_there(&held.run()));
+    stage.engine.make_removals();
+    listed(&secrets, held, false).await
+}

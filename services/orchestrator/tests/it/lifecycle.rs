@@ -125,11 +125,11 @@ async fn the_deadline_ends_a_build_whose_builder_does_not_and_names_what_took_so
     let findings = Findings { steps: steps.map(step).into(), ..Findings::default() };
     let outcome = Outcome { result: RunResult::Failed(stopped), findings };
     for (image, left, says) in [
-        ("lost", Ended::default(), "the build took longer than 0 s"),
+        ("lost", Ended::default(), "the build took longer than 0.0 s"),
         (
             "told",
             Ended { outcome: Some(outcome), recorded: None },
-            "the build took longer than 0 s; what ran longest: step 2, RUN make (61 s)",
+            "the build took longer than 0.0 s; what ran longest: step 2/3 `RUN make` (1 min 1 s)",
         ),
     ] {
         let build = stage.begin(image, |question| question.timeout_ms = 1).await?;
