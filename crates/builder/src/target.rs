@@ -153,7 +153,8 @@ pub(crate) fn registry(
     access.patience = PATIENCE;
     access.insist_on = Some(spec.target_ref.registry().to_owned());
     access.wait_out_limits = true;
-    let config = Config { registries: registries.clone(), ..Config::default() };
+    let on_behalf_of = Some(format!("run {}", spec.run));
+    let config = Config { registries: registries.clone(), on_behalf_of, ..Config::default() };
     Ok((OciRegistry::new(config), access))
 }
 

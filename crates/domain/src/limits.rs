@@ -29,6 +29,8 @@ pub const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// How long one request to a registry may take; so long a PUT of a manifest that has begun is waited for.
 pub const REGISTRY_REQUEST: Duration = Duration::from_secs(30);
+/// A manifest that was PUT as a builder's last act may be under way inside the registry for so long after the builder's end.
+pub const IN_FLIGHT: Duration = Duration::from_secs(2);
 
 /// `text`, cut at a character border to at most `bytes`, the cut marked by `…`.
 pub fn truncated(mut text: String, bytes: usize) -> String {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::{Method, header};
+use http::{HeaderValue, Method, header};
 use kiln_domain::limits;
 use kiln_domain::registries::Registries;
 use reqwest::{Request, Response};
@@ -23,6 +23,8 @@ const REDIRECTS: usize = 5;
 pub struct Config {
     /// Which are spoken to without TLS, and whom the others are trusted by. Mirrors are the caller's business.
     pub registries: Registries,
+    /// On whose behalf they are asked, as a registry's log is to show it (`run …`): a comment in `User-Agent`.
+    pub on_behalf_of: Option<String>,
     /// How long one request may take, its (bounded) answer included.
     pub request_timeout: Duration,
     /// How long a blob's transfer may stand still; a registry that checks what it was given stands still, too.
@@ -35,6 +37,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             registries: Registries::default(),
+            on_behalf_of: None,
             request_timeout: limits::REGISTRY_REQUEST,
             stall_timeout: Duration::from_secs(120),
             parallel_blobs: 3,
@@ -43,15 +46,17 @@ impl Default for Config {
 }
 
 /// The HTTP clients, each made when it is first needed; by the environment's proxies.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Http {
     pub(crate) config: Config,
     clients: Clients,
+    user_agent: HeaderValue,
 }
 
 impl Http {
     pub(crate) fn new(config: Config) -> Self {
-        Self { config, ..Self::default() }
+        let user_agent = user_agent(config.on_behalf_of.as_deref());
+        Self { config, clients: Clients::default(), user_agent }
     }
 
     /// `http(s)://host/v2/`, where a registry is on the wire.
@@ -94,11 +99,25 @@ impl Http {
     }
 
     /// Sends a request as it is, and follows no redirect.
-    pub(crate) async fn execute(&self, request: Request, registry: &str) -> Result<Response, Error> {
+    pub(crate) async fn execute(&self, mut request: Request, registry: &str) -> Result<Response, Error> {
         let client = self.clients.client(&self.config.registries, registry, request.url());
         let client = client.map_err(|problem| Error::unavailable(registry, Problem::Tls(problem)))?;
+        request.headers_mut().insert(header::USER_AGENT, self.user_agent.clone());
         client.execute(request).await.map_err(|error| Error::from_transport(&error, registry))
     }
+}
+
+impl Default for Http {
+    fn default() -> Self {
+        Self::new(Config::default())
+    }
+}
+
+/// A product and, in parentheses, a comment (RFC 9110, section 10.1.5). What is no header is left out.
+fn user_agent(on_behalf_of: Option<&str>) -> HeaderValue {
+    const KILN: &str = concat!("kiln/", env!("CARGO_PKG_VERSION"));
+    let told = on_behalf_of.and_then(|who| HeaderValue::try_from(format!("{KILN} ({who})")).ok());
+    told.unwrap_or(HeaderValue::from_static(KILN))
 }
 
 /// Whether what was begun at `from` may go on at `to`; else what is wrong with `to`, without its path and query.

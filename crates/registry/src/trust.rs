@@ -97,10 +97,7 @@ impl Trust {
 
     fn make(&self) -> Result<Client, String> {
         crate::install_crypto_provider();
-        let mut builder = Client::builder()
-            .user_agent(concat!("kiln/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(CONNECT)
-            .redirect(redirect::Policy::none());
+        let mut builder = Client::builder().connect_timeout(CONNECT).redirect(redirect::Policy::none());
         if self.plain {
             builder = builder.tls_certs_only([]);
         }

@@ -43,6 +43,17 @@ pub struct DockerRegistry {
     client: reqwest::Client,
 }
 
+/// A manifest that was put.
+#[derive(Clone, Debug)]
+pub struct Put {
+    /// When that was done.
+    pub at: Timestamp,
+    /// `/v2/<repository>/manifests/<tag or digest>`
+    pub path: String,
+    /// What the client said that it is; empty if it said nothing.
+    pub user_agent: String,
+}
+
 /// The files of an image's only layer: path without a leading slash, and content. All are executable.
 pub type Files<'a> = &'a [(&'a str, &'a [u8])];
 
@@ -136,8 +147,8 @@ impl DockerRegistry {
         kill_process(Pid::from_child(child), signal).context("signal the registry")
     }
 
-    /// The manifests that were put since its start, by its own log: the path of each, and when that was done.
-    pub fn puts(&self) -> Result<Vec<(Timestamp, String)>> {
+    /// The manifests that were put since its start, by its own log.
+    pub fn puts(&self) -> Result<Vec<Put>> {
         let log = std::fs::read_to_string(self.folder.path().join("log"))?;
         let mut puts = Vec::new();
         for line in log.lines().filter(|line| line.contains("\"response completed\"")) {
@@ -145,7 +156,8 @@ impl DockerRegistry {
             let text = |name: &str| line.get(name).and_then(Value::as_str).unwrap_or_default();
             let path = text("http.request.uri");
             if text("http.request.method") == "PUT" && path.contains("/manifests/") {
-                puts.push((text("time").parse()?, path.to_owned()));
+                let (at, user_agent) = (text("time").parse()?, text("http.request.useragent").to_owned());
+                puts.push(Put { at, path: path.to_owned(), user_agent });
             }
         }
         Ok(puts)
@@ -398,7 +410,7 @@ mod tests {
         let mut registry = DockerRegistry::start().await.unwrap();
         let digest = registry.push_image("a/b:1", "linux/amd64", &[("x", b"y")]).await.unwrap();
         let puts = registry.puts().unwrap();
-        assert_eq!(puts.iter().map(|(_, path)| path.as_str()).collect::<Vec<_>>(), ["/v2/a/b/manifests/1"]);
+        assert_eq!(puts.iter().map(|put| put.path.as_str()).collect::<Vec<_>>(), ["/v2/a/b/manifests/1"]);
         let address = registry.address().to_owned();
         registry.start_again().await.unwrap();
         assert_eq!(registry.address(), address);

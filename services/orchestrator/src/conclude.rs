@@ -21,8 +21,6 @@ pub(crate) enum Ending {
     GaveUp(Failure),
 }
 
-/// A manifest that the builder PUT as its last act may still be under way inside the registry for so long.
-pub(crate) const IN_FLIGHT: Duration = Duration::from_secs(2);
 /// Between two questions to a registry that can't be asked.
 const REGISTRY_PAUSE: Duration = Duration::from_secs(2);
 
@@ -120,7 +118,7 @@ impl Held<'_> {
         // A builder that failed before it recorded a digest has PUT nothing: there is nothing under way.
         let under_way = ended.recorded.is_some() || ended.outcome.is_none() || reported.is_some();
         if !ours(&found) && under_way {
-            self.pause(IN_FLIGHT).await?;
+            self.pause(limits::IN_FLIGHT).await?;
             found = self.find_target().await?;
         }
         let is_new = found.is_some() && found != self.record().digest_before;

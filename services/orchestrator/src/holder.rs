@@ -11,6 +11,7 @@ use kiln_bus::journal::Entry;
 use kiln_domain::engine::{EngineError, Handle, Observed};
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::id::InstanceId;
+use kiln_domain::limits;
 use kiln_domain::record::{Record, State};
 use kiln_domain::run::Ended;
 use kiln_domain::source::Source;
@@ -19,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 use crate::Shared;
-use crate::conclude::{Ending, IN_FLIGHT};
+use crate::conclude::Ending;
 
 /// Between two tries of what the engine can't do now.
 pub(crate) const ENGINE_PAUSE: Duration = Duration::from_secs(1);
@@ -162,7 +163,7 @@ impl Held<'_> {
                 Ok(Observed::Ended(ended)) => return self.conclude(ended, Ending::Natural).await.map(Ok),
                 Ok(Observed::Absent) => {
                     // What another holder started may be lost whole; its last PUT may still be under way.
-                    self.pause(IN_FLIGHT).await?;
+                    self.pause(limits::IN_FLIGHT).await?;
                     if self.image_is_new().await? {
                         return self.conclude(Ended::default(), Ending::Natural).await.map(Ok);
                     }

@@ -232,6 +232,10 @@ async fn a_put_that_has_begun_is_seen_to_its_end() -> Result<()> {
         let lock = std::fs::File::open(run.folder.join(run_folder::PUSH_LOCK))?;
         let free = rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockShared);
         ensure!(free.is_err(), "{cause}: the push lock is free while the PUT is under way");
+        let agents = front.asked().into_iter().filter(|asked| asked.is("PUT", "/workspace/manifests/"));
+        let agents: Vec<_> = agents.filter_map(|asked| asked.headers.get("user-agent").cloned()).collect();
+        let named = format!("kiln/{} (run {})", env!("CARGO_PKG_VERSION"), spec.run);
+        ensure!(agents == [named], "{cause}: the registry sees {agents:?}");
         let_go.send_replace(true);
         let ended = run.wait()?;
         ensure!(ended == Some(exit), "{cause}, {put_succeeds}: {ended:?} {}", run.output());

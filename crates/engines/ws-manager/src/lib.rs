@@ -30,6 +30,7 @@ use jiff::Timestamp;
 use kiln_domain::engine::{Cursor, Engine, EngineError, Handle, Observed, OthersBuild, Output, OutputAccess};
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::id::RunId;
+use kiln_domain::limits;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run::{Ended, Findings, Outcome, RunResult, RunSecrets, RunSpec};
 use kiln_proto::wsman;
@@ -53,8 +54,6 @@ const START: Duration = Duration::from_secs(60);
 const STOP: Duration = Duration::from_secs(20);
 /// How long a registry may take to say what lies at a target.
 const REGISTRY: Duration = Duration::from_secs(20);
-/// A manifest that was put last may be under way inside the registry for so long.
-const IN_FLIGHT: Duration = Duration::from_secs(2);
 /// A run whose changes are not heard of is asked about after so long.
 const LOOK: Duration = Duration::from_secs(30);
 
@@ -131,7 +130,7 @@ impl WsManagerEngine {
     }
 
     async fn find(&self, target: &ImageReference) -> Result<Option<Digest>, EngineError> {
-        for pause in [Some(IN_FLIGHT), None] {
+        for pause in [Some(limits::IN_FLIGHT), None] {
             let found = self.registry.digest(target, &Access::anonymous(REGISTRY)).await;
             match (found, pause) {
                 (Ok(None), Some(pause)) => sleep(pause).await,

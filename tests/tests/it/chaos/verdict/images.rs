@@ -1,14 +1,15 @@
 //! A build's state says what it put into the registry, by the registry's own log.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
-use jiff::Timestamp;
 use kiln_domain::failure::FailureReason;
+use kiln_domain::id::{BuildId, RunId};
 use kiln_domain::limits;
 use kiln_domain::record::{Record, State};
 use kiln_domain::reference::ImageReference;
 use kiln_domain::source::Source;
+use kiln_testkit::registry::Put;
 
 use super::{Evidence, Problem};
 use crate::chaos::callers::{Answer, Seen};
@@ -17,9 +18,9 @@ use crate::chaos::plan::Kind;
 
 pub(super) async fn check(evidence: &Evidence<'_>) -> Result<Vec<Problem>> {
     let mut problems = Vec::new();
-    let mut puts: BTreeMap<String, Vec<Timestamp>> = BTreeMap::new();
-    for (at, path) in evidence.world.workshop.registry.puts()? {
-        puts.entry(path).or_default().push(at);
+    let mut puts: BTreeMap<String, Vec<Put>> = BTreeMap::new();
+    for put in evidence.world.workshop.registry.puts()? {
+        puts.entry(put.path.clone()).or_default().push(put);
     }
     // The last digest that a build of the target said it had put there.
     let mut there: BTreeMap<&str, Option<String>> = BTreeMap::new();
@@ -27,7 +28,8 @@ pub(super) async fn check(evidence: &Evidence<'_>) -> Result<Vec<Problem>> {
     builds.sort_by_key(|record| record.queued_at);
     for record in builds {
         let put = take_puts(record, &mut puts)?;
-        match (record.state, put) {
+        problems.extend(of_one_run(&record.id, &put).map(|text| Problem::of(&record.id, text)));
+        match (record.state, put.len()) {
             (State::Succeeded, 0) => problems.push(Problem::of(&record.id, "nothing was put at its target")),
             (State::Failed | State::Cancelled, 1..) => {
                 problems.push(Problem::of(&record.id, format!("{}, and its image was put", record.state)));
@@ -40,8 +42,8 @@ pub(super) async fn check(evidence: &Evidence<'_>) -> Result<Vec<Problem>> {
             *last = Some(digest.to_string());
         }
     }
-    for (path, at) in puts.iter().filter(|(path, at)| path.contains("/workspace/") && !at.is_empty()) {
-        problems.push(Problem::new(format!("{path} was put at {at:?}, when no build of it was on")));
+    for put in puts.values().flatten().filter(|put| put.path.contains("/workspace/")) {
+        problems.push(Problem::new(format!("{put:?}, when no build of it was on")));
     }
     for record in evidence.records.values() {
         let target: ImageReference = record.target_ref.parse()?;
@@ -65,19 +67,28 @@ pub(super) async fn check(evidence: &Evidence<'_>) -> Result<Vec<Problem>> {
     Ok(problems)
 }
 
-/// How often the target was put while the build was on; what is left in `puts` was put by no build. Builds of one image follow
+/// What was put at the target while the build was on; what is left in `puts` was put by no build. Builds of one image follow
 /// each other, so it was this build.
-fn take_puts(record: &Record, puts: &mut BTreeMap<String, Vec<Timestamp>>) -> Result<usize> {
+fn take_puts(record: &Record, puts: &mut BTreeMap<String, Vec<Put>>) -> Result<Vec<Put>> {
     let target: ImageReference = record.target_ref.parse()?;
     let path = format!("/v2/{}/manifests/{}", target.repository(), target.selector());
-    let Some(puts) = puts.get_mut(&path) else { return Ok(0) };
-    let on = |at: &Timestamp| {
-        record.queued_at.is_some_and(|queued| queued <= *at)
-            && record.finished_at.is_none_or(|finished| *at <= finished)
+    let Some(puts) = puts.get_mut(&path) else { return Ok(Vec::new()) };
+    let on = |put: &mut Put| {
+        record.queued_at.is_some_and(|queued| queued <= put.at)
+            && record.finished_at.is_none_or(|finished| put.at <= finished)
     };
-    let all = puts.len();
-    puts.retain(|at| !on(at));
-    Ok(all - puts.len())
+    Ok(puts.extract_if(.., on).collect())
+}
+
+/// What is wrong with who put a build's target. No two of its runs may: once one of them may have, the build ends by what the
+/// registry shows. (A run may well do it again, when the answer was lost.)
+fn of_one_run(build: &BuildId, puts: &[Put]) -> Option<String> {
+    let run = |put: &Put| {
+        let (_, rest) = put.user_agent.split_once("(run ")?;
+        rest.strip_suffix(')')?.parse::<RunId>().ok().filter(|run| run.build() == *build)
+    };
+    let runs: BTreeSet<Option<RunId>> = puts.iter().map(run).collect();
+    (runs.len() > 1 || runs.contains(&None)).then(|| format!("not one of its runs put its target: {puts:?}"))
 }
 
 /// Whether the end is one that its Dockerfile and the faults explain.
@@ -100,4 +111,17 @@ fn plausible(evidence: &Evidence<'_>, record: &Record) -> Option<String> {
     (!explained).then(|| {
         format!("{:?} does not end {} for {:?}: {}", image.kind, record.state, record.reason, record.message)
     })
+}
+
+#[test]
+fn only_one_run_of_a_build_puts_its_target() {
+    let build = |number: u8| BuildId::new(&kiln_domain::id::ImageKey::of("a/b:1"), [number; 10]);
+    let put =
+        |agent: String| Put { at: jiff::Timestamp::UNIX_EPOCH, path: "/v2/a/b".into(), user_agent: agent };
+    let run = |number, attempt| put(format!("kiln/0.1.0 (run {})", RunId::new(&build(number), attempt)));
+    let wrong = |puts: &[Put]| of_one_run(&build(1), puts).is_some();
+    assert!(!wrong(&[]) && !wrong(&[run(1, 2)]) && !wrong(&[run(1, 1), run(1, 1)]));
+    assert!(wrong(&[run(1, 1), run(1, 2)]), "two runs");
+    assert!(wrong(&[run(2, 1)]), "another build's");
+    assert!(wrong(&[run(1, 1), put("curl/8".into())]) && wrong(&[put(String::new())]), "somebody else");
 }
