@@ -124,6 +124,11 @@ impl Process {
     /// SIGTERM, and waits for the end. One that doesn't end in time runs on.
     pub async fn terminate(&mut self, within: Duration) -> Result<ExitStatus> {
         self.ask_to_end()?;
+        self.wait(within).await
+    }
+
+    /// Waits for the end of one that was asked to. One that doesn't end in time runs on.
+    pub async fn wait(&mut self, within: Duration) -> Result<ExitStatus> {
         let child = self.child.as_mut().context("it does not run")?;
         let ended = tokio::time::timeout(within, child.wait()).await;
         let ended = ended.with_context(|| format!("the {} does not end on SIGTERM", self.role))?;

@@ -22,7 +22,7 @@ pub(super) const HANDS: usize = 2;
 const VICTIM: Duration = Duration::from_secs(20);
 /// Between the end of a fault and the next one by the same hand.
 const REST: Duration = Duration::from_millis(300);
-/// How long a role may take to end on SIGTERM while everything else has faults; then it is killed.
+/// How long a role may take to end on SIGTERM.
 const TERMINATION: Duration = Duration::from_secs(30);
 
 /// What holds no truth of its own: leases, what registries answered, steps that run, the copy for other subscribers.
@@ -101,6 +101,8 @@ pub(super) async fn befall(
 impl World {
     async fn suffer(&self, Planned { fault, lasts }: Planned, done: &Done) -> Result<()> {
         let role = |number: usize| &self.roles[number % self.roles.len()];
+        // Who holds a role's process may wait for these to be over; so nobody waits for a process with it in hand.
+        let _on_the_bus = if fault.is_of_the_bus() { Some(self.bus_faults.read().await) } else { None };
         match fault {
             Fault::KillRole(number) => {
                 let mut process = role(number).process.lock().await;
@@ -111,7 +113,14 @@ impl World {
             Fault::TerminateRole(number) => {
                 let mut process = role(number).process.lock().await;
                 if process.terminate(TERMINATION).await.is_err() {
-                    process.kill().await?;
+                    // It may be the bus that hinders it; so it has the same time once more with the bus left alone.
+                    let calm = self.bus_faults.write().await;
+                    if let Err(error) = process.wait(TERMINATION).await {
+                        let problem = format!("{error:#}, the bus being well for {TERMINATION:?}");
+                        self.fallen.lock().expect("nobody panics with it").push(problem);
+                        process.kill().await?;
+                    }
+                    drop(calm);
                 }
                 sleep(lasts).await;
                 process.start()

@@ -103,6 +103,24 @@ pub(super) enum Fault {
     DeleteStream(usize),
 }
 
+impl Fault {
+    /// Whether it keeps a role from the journal, its process being well.
+    pub(super) fn is_of_the_bus(self) -> bool {
+        matches!(
+            self,
+            Self::CutBus(_)
+                | Self::LoseBusAnswers(_)
+                | Self::FreezeBus(_)
+                | Self::KillNode(_)
+                | Self::TerminateNode(_)
+                | Self::PauseNode(_)
+                | Self::KillLeader
+                | Self::PauseLeader
+                | Self::DeleteStream(_)
+        )
+    }
+}
+
 const OWNERS: [&str; 5] = ["ann", "ben", "cem", "dia", "eve"];
 
 impl Plan {
@@ -198,6 +216,8 @@ impl Dice {
             _ => Fault::PauseBuilder(number),
         };
         let lasts = match fault {
+            // Some last longer than the registry is given, after a builder's end, to show what was under way.
+            Fault::PauseRegistry | Fault::CutRegistry if self.percent(40) => self.between(3_000, 6_000),
             Fault::PauseRegistry | Fault::CutRegistry => self.between(100, 1_500),
             // Some last longer than a lease.
             Fault::PauseRole(_) | Fault::CutBus(_) | Fault::LoseBusAnswers(_) | Fault::FreezeBus(_)
@@ -220,6 +240,11 @@ fn a_seed_replays_the_plan() {
     let Plan { images, builds, faults } = Plan::new(1, size);
     assert!(images.len() < builds.len() && builds.iter().any(|build| build.force));
     assert!(faults.iter().any(|planned| planned.fault == Fault::KillLeader));
+    let of_the_registry =
+        |planned: &&Planned| matches!(planned.fault, Fault::PauseRegistry | Fault::CutRegistry);
+    let lasting: Vec<_> =
+        faults.iter().filter(of_the_registry).map(|planned| planned.lasts.as_secs()).collect();
+    assert!(lasting.iter().any(|lasts| *lasts < 2) && lasting.iter().any(|lasts| *lasts >= 3), "{lasting:?}");
     for kind in [Kind::Good, Kind::Failing, Kind::Long, Kind::Same, Kind::Fresh] {
         assert!(images.iter().any(|image| image.kind == kind), "{kind:?}");
     }

@@ -15,7 +15,7 @@ use kiln_testkit::process::Process;
 use kiln_testkit::wire::Wire;
 use kiln_testkit::workshop::Workshop;
 use secrecy::ExposeSecret as _;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, RwLock};
 use tonic::transport::{Channel, Endpoint};
 
 use super::sources::{Sources, path_with, play_buildah};
@@ -50,7 +50,9 @@ pub(super) struct World {
     pub(super) nodes: Vec<Mutex<NatsServer>>,
     nodes_url: String,
     pub(super) roles: Vec<Role>,
-    /// Roles that ended by themselves after they had been ready.
+    /// Held, shared, by whoever breaks what the roles need to reach the journal.
+    pub(super) bus_faults: RwLock<()>,
+    /// Roles that ended by themselves after they had been ready, or did not end when they were told to.
     pub(super) fallen: std::sync::Mutex<Vec<String>>,
     folder: PathBuf,
 }
@@ -112,6 +114,7 @@ impl World {
             nodes: cluster.nodes.into_iter().map(Mutex::new).collect(),
             nodes_url,
             roles,
+            bus_faults: RwLock::default(),
             fallen: std::sync::Mutex::default(),
             folder: folder.to_owned(),
         };
