@@ -14,6 +14,7 @@ use kiln_testkit::nats::{self, NatsServer};
 use kiln_testkit::process::Process;
 use kiln_testkit::wire::Wire;
 use kiln_testkit::workshop::Workshop;
+use rustix::process::Pid;
 use secrecy::ExposeSecret as _;
 use tokio::sync::{Mutex, RwLock};
 use tonic::transport::{Channel, Endpoint};
@@ -178,18 +179,18 @@ impl World {
     /// Starts roles again that ended by themselves, as whoever runs them would: at its start a role needs the bus. Never
     /// returns.
     pub(super) async fn keep_up(&self) {
-        let mut was_ready = vec![false; self.roles.len()];
+        // Of the process that was seen ready: a short fault between two looks puts another in its place.
+        let mut ready: Vec<Option<Pid>> = vec![None; self.roles.len()];
         loop {
-            for (role, was_ready) in self.roles.iter().zip(&mut was_ready) {
+            for (role, ready) in self.roles.iter().zip(&mut ready) {
                 // Who has it does something to it, and starts it again.
-                let Ok(mut process) = role.process.try_lock() else {
-                    *was_ready = false;
-                    continue;
-                };
+                let Ok(mut process) = role.process.try_lock() else { continue };
+                let pid = process.pid().ok();
                 match process.ended() {
-                    Ok(None) => *was_ready |= process.is_ready().await,
+                    Ok(None) if process.is_ready().await => *ready = pid,
+                    Ok(None) => {}
                     Ok(Some(status)) => {
-                        if std::mem::take(was_ready) {
+                        if pid.is_some() && *ready == pid {
                             let fallen = format!("{} ended by itself: {status}", role.name);
                             self.fallen.lock().expect("nobody panics with it").push(fallen);
                         }
