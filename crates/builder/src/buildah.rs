@@ -12,7 +12,7 @@ mod failure;
 mod files;
 mod storage;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
@@ -34,6 +34,9 @@ use crate::tool::{BuildRequest, BuildTool, Built, ToolError, Ways, check_argumen
 /// Credentials in the work folder: those of the FROMs, and those of the push.
 const TO_PULL: &str = "auth.json";
 const TO_PUSH: &str = "push-auth.json";
+
+/// In the work folder: containers whose removal has begun. Of one that was killed at that, the note of whose it is may be gone.
+const REMOVING: &str = "removing";
 
 /// buildah for one run.
 pub(crate) struct Buildah {
@@ -148,8 +151,12 @@ impl Buildah {
     fn leftover_containers(&self) -> Vec<String> {
         let Some(run) = self.work.parent() else { return Vec::new() };
         let (Some(runs), Some(name)) = (run.parent(), run.file_name()) else { return Vec::new() };
-        let containers = self.storage().containers(runs).into_iter();
-        containers.filter(|(_, run)| name == run.as_str()).map(|(container, _)| container).collect()
+        let storage = self.storage();
+        let containers = storage.containers(runs).into_iter();
+        let marked = containers.filter(|(_, run)| name == run.as_str()).map(|(container, _)| container);
+        let begun = std::fs::read_to_string(self.work.join(REMOVING)).unwrap_or_default();
+        let begun = begun.lines().filter(|container| storage.has(container)).map(str::to_owned);
+        marked.chain(begun).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
     fn storage(&self) -> Storage {
@@ -213,9 +220,13 @@ impl BuildTool for Buildah {
     async fn clear(&self, built: Option<&Built>) -> bool {
         let containers = self.leftover_containers();
         if !containers.is_empty() {
+            if write_private(&self.work.join(REMOVING), containers.join("\n").as_bytes()).is_err() {
+                return false;
+            }
             let mut command = self.command("rm");
-            command.args(containers);
+            command.args(&containers);
             let _ = self.children.run(command, Show::Nothing).await;
+            self.storage().remove_forgotten(&containers);
         }
         if let Some(built) = built.filter(|_| self.no_cache) {
             let mut command = self.command("rmi");

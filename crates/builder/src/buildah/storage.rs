@@ -47,7 +47,7 @@ impl Storage {
     ///
     /// They are marked by the run's own hooks folder, which buildah notes of each.
     pub(crate) fn containers(&self, runs: &Path) -> Vec<(String, String)> {
-        let folder = self.root().join(format!("{}-containers", self.driver));
+        let folder = self.container_folders();
         // A field that no Dockerfile writes to.
         let run_of = |container: &Path| {
             let note = std::fs::read(container.join("userdata/buildah.json")).ok()?;
@@ -59,6 +59,27 @@ impl Storage {
         entries
             .filter_map(|entry| Some((entry.file_name().into_string().ok()?, run_of(&entry.path())?)))
             .collect()
+    }
+
+    fn container_folders(&self) -> PathBuf {
+        self.root().join(format!("{}-containers", self.driver))
+    }
+
+    /// Whether anything of a container is there.
+    pub(crate) fn has(&self, container: &str) -> bool {
+        self.container_folders().join(container).exists() || self.lists(container)
+    }
+
+    /// Of containers that buildah was about to remove, the folders of those that it does not know any more.
+    pub(crate) fn remove_forgotten(&self, containers: &[String]) {
+        for container in containers.iter().filter(|container| !self.lists(container)) {
+            let _ = std::fs::remove_dir_all(self.container_folders().join(container));
+        }
+    }
+
+    fn lists(&self, container: &str) -> bool {
+        let list = std::fs::read_to_string(self.container_folders().join("containers.json"));
+        list.is_ok_and(|list| list.contains(&format!("\"{container}\"")))
     }
 
     /// The run roots of other boots than this one.
