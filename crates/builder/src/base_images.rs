@@ -50,10 +50,8 @@ impl BaseImages {
     /// How much a pull of this image moves at most.
     pub async fn bytes(&self, image: &ImageReference) -> Result<u64, Error> {
         let access = Access::anonymous(ASK_WITHIN);
-        let mut places = self.settings.registries.places(image);
-        places.retain(|place| place.is_mirror);
-        for place in places {
-            if let Ok(bytes) = self.registry.bytes(&place.reference, &access).await {
+        for mirror in self.settings.registries.mirrored(image) {
+            if let Ok(bytes) = self.registry.bytes(&mirror, &access).await {
                 return Ok(bytes);
             }
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
-use kiln_domain::registries::{Place, Registries};
+use kiln_domain::registries::Registries;
 use kiln_domain::run::{RunSecrets, RunSpec};
 use kiln_domain::run_folder::Settings;
 use kiln_registry::{Access, Config, Error, Keyring, OciRegistry, Registry};
@@ -53,10 +53,8 @@ impl<'a> Target<'a> {
         platform: &Platform,
         say: impl Fn(&str),
     ) -> Result<Digest, Failure> {
-        let mut places = self.registries.places(from);
-        places.retain(|place| place.is_mirror);
-        for Place { reference: mirror, .. } in places {
-            let access = Access { patience: Duration::ZERO, wait_out_limits: false, ..self.access.clone() };
+        let access = for_mirrors(&self.access);
+        for mirror in self.registries.mirrored(from) {
             say(&format!("taking it from the mirror's {mirror}"));
             match self.copy_as(&access, &mirror, platform).await {
                 Ok(digest) => return Ok(digest),
@@ -120,15 +118,18 @@ pub(crate) async fn digest(
     reference: &ImageReference,
     access: &Access,
 ) -> Result<Option<Digest>, Error> {
-    let hasty = Access { patience: Duration::ZERO, wait_out_limits: false, ..access.clone() };
-    let mut places = registries.places(reference);
-    places.retain(|place| place.is_mirror);
-    for place in places {
-        if let Ok(Some(digest)) = registry.digest(&place.reference, &hasty).await {
+    let at_once = for_mirrors(access);
+    for mirror in registries.mirrored(reference) {
+        if let Ok(Some(digest)) = registry.digest(&mirror, &at_once).await {
             return Ok(Some(digest));
         }
     }
     registry.digest(reference, access).await
+}
+
+/// A mirror that does not answer at once is passed over: others are asked after it.
+fn for_mirrors(access: &Access) -> Access {
+    Access { patience: Duration::ZERO, wait_out_limits: false, ..access.clone() }
 }
 
 /// How this run reaches registries.

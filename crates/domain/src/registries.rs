@@ -36,26 +36,16 @@ pub struct ClientCertificate {
     pub key: PathBuf,
 }
 
-/// Where an image may be pulled from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
-    pub reference: ImageReference,
-    /// It is not where the reference says, but a mirror of it.
-    pub is_mirror: bool,
-}
-
 impl Registries {
     /// What is said of a registry.
     pub fn reach(&self, registry: &str) -> Option<&Reach> {
         self.0.get(registry).or_else(|| self.0.get(without_port(registry)))
     }
 
-    /// The places of an image, in the order in which they are to be asked; its own is the last.
-    pub fn places(&self, reference: &ImageReference) -> Vec<Place> {
+    /// An image where its registry's mirrors have it, in the order in which they are to be asked before that registry.
+    pub fn mirrored(&self, reference: &ImageReference) -> Vec<ImageReference> {
         let mirrors = self.reach(reference.registry()).map(|reach| reach.mirrors.as_slice());
-        let mirrored = mirrors.unwrap_or_default().iter().filter_map(|mirror| reference.at(mirror).ok());
-        let mirrored = mirrored.map(|reference| Place { reference, is_mirror: true });
-        mirrored.chain([Place { reference: reference.clone(), is_mirror: false }]).collect()
+        mirrors.unwrap_or_default().iter().filter_map(|mirror| reference.at(mirror).ok()).collect()
     }
 
     /// The registries (`host[:port]`) of a registry's mirrors.
@@ -170,11 +160,11 @@ mod tests {
             (&pinned, vec![&format!("docker.io/a/b@{digest}"), &pinned]),
             ("other.test/a:1", vec!["other.test/a:1"]),
         ] {
-            let places = registries.places(&reference.parse().unwrap());
-            assert_eq!(places.iter().map(|place| place.reference.to_string()).collect::<Vec<_>>(), expected);
-            let mirrors: Vec<_> = places.iter().map(|place| place.is_mirror).collect();
-            assert_eq!(mirrors.iter().filter(|mirror| !**mirror).count(), 1);
-            assert_eq!(mirrors.last(), Some(&false), "{reference}");
+            let reference: ImageReference = reference.parse().unwrap();
+            let mirrored = registries.mirrored(&reference);
+            // After them its own place is asked.
+            let places = mirrored.iter().chain([&reference]).map(ToString::to_string);
+            assert_eq!(places.collect::<Vec<_>>(), expected);
         }
         assert_eq!(registries.mirrors("docker.io").collect::<Vec<_>>(), ["m.test", "127.0.0.1:5000"]);
     }

@@ -15,7 +15,7 @@ use kiln_bus::refs::{Claim, RefKey};
 use kiln_credentials::{Installation, Owner, Permitted};
 use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
-use kiln_domain::registries::{Place, Registries};
+use kiln_domain::registries::Registries;
 use kiln_registry::{Access, Error as RegistryError, Problem, Registry};
 use moka::future::Cache;
 use serde::{Deserialize, Serialize};
@@ -337,11 +337,10 @@ impl Images {
             None => (self.registry_timeout, PATIENCE),
         };
         let mut access = Access::new(wanted.credentials.clone(), begun + time);
-        let mut places = self.registries.places(&wanted.reference);
-        places.retain(|place| place.is_mirror);
-        let shares = u32::try_from(places.len()).unwrap_or(u32::MAX).saturating_add(1);
+        let mirrored = self.registries.mirrored(&wanted.reference);
+        let shares = u32::try_from(mirrored.len()).unwrap_or(u32::MAX).saturating_add(1);
         let share = (time / shares).min(MIRROR_WITHIN);
-        for Place { reference, .. } in &places {
+        for reference in &mirrored {
             // A slow mirror leaves the others, and the registry, their share of the time.
             access.deadline = Instant::now() + share;
             access.patience = Duration::ZERO;
