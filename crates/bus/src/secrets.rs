@@ -9,6 +9,8 @@ use jiff::Timestamp;
 use kiln_contract::bucket;
 use kiln_contract::secrets::{OutputAccesses, Secrets};
 use kiln_domain::id::BuildId;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::connection::Bus;
 use crate::error::BusError;
@@ -19,8 +21,7 @@ const LOST: &[u8] = b"lost";
 
 /// Seals a request's secrets, for a question or the bucket.
 pub fn seal(key: &SealKey, secrets: &Secrets) -> Result<Bytes, SealError> {
-    let json = serde_json::to_vec(secrets).map_err(|_| SealError::Seal)?;
-    key.seal(&json).map(Bytes::from)
+    seal_json(key, secrets)
 }
 
 /// Opens what [`seal`] made. Empty bytes are no secrets.
@@ -28,17 +29,25 @@ pub fn open(key: &OpenKey, sealed: &[u8]) -> Result<Secrets, SealError> {
     if sealed.is_empty() {
         return Ok(Secrets::default());
     }
-    serde_json::from_slice(&key.open(sealed)?).map_err(|_| SealError::Open)
+    open_json(key, sealed)
 }
 
 /// Seals what lets read outputs, for who asked.
 pub fn seal_accesses(key: &SealKey, accesses: &OutputAccesses) -> Result<Bytes, SealError> {
-    let json = serde_json::to_vec(accesses).map_err(|_| SealError::Seal)?;
-    key.seal(&json).map(Bytes::from)
+    seal_json(key, accesses)
 }
 
 /// Opens what [`seal_accesses`] made.
 pub fn open_accesses(key: &OpenKey, sealed: &[u8]) -> Result<OutputAccesses, SealError> {
+    open_json(key, sealed)
+}
+
+fn seal_json(key: &SealKey, content: &impl Serialize) -> Result<Bytes, SealError> {
+    let json = serde_json::to_vec(content).map_err(|_| SealError::Seal)?;
+    key.seal(&json).map(Bytes::from)
+}
+
+fn open_json<T: DeserializeOwned>(key: &OpenKey, sealed: &[u8]) -> Result<T, SealError> {
     serde_json::from_slice(&key.open(sealed)?).map_err(|_| SealError::Open)
 }
 
