@@ -170,13 +170,12 @@ impl Keeper {
             let labels = Labels { part: "bus".to_owned(), what: "takes_nothing" };
             found.insert(labels, format!("nats-server answers, and takes no write: {error}; {DISK}"));
         }
-        if let (Some(journal), Some(mirror)) = (&journal, &mirror) {
-            self.metrics.mirror(journal, mirror);
-        }
-        if let (Some(journal), Some(mirror)) = (journal, mirror)
-            && let Some((what, why)) = self.mirror.look(&self.bus, &journal, &mirror).await
-        {
-            found.insert(Labels { part: subject::EVENTS_STREAM.to_owned(), what }, why);
+        if let (Some(journal), Some(mirror)) = (journal, mirror) {
+            let lag = mirror::lag(&journal, &mirror);
+            self.metrics.mirror_lag.set(i64::try_from(lag).unwrap_or(i64::MAX));
+            if let Some((what, why)) = self.mirror.look(&self.bus, &journal, &mirror).await {
+                found.insert(Labels { part: subject::EVENTS_STREAM.to_owned(), what }, why);
+            }
         }
         self.tell(found);
     }

@@ -25,7 +25,7 @@ pub(super) struct Metrics {
     pub(super) troubles: Family<Labels, Counter>,
     bytes: Family<StreamLabels, Gauge>,
     limit: Family<StreamLabels, Gauge>,
-    mirror_lag: Gauge,
+    pub(super) mirror_lag: Gauge,
     max_age: Family<StreamLabels, Gauge>,
     subjects: Family<StreamLabels, Gauge>,
 }
@@ -53,11 +53,6 @@ impl Metrics {
             metrics.subjects.clone(),
         );
         metrics
-    }
-
-    pub(super) fn mirror(&self, journal: &Info, mirror: &Info) {
-        let lag = journal.state.last_sequence.saturating_sub(mirror.state.last_sequence);
-        self.mirror_lag.set(i64::try_from(lag).unwrap_or(i64::MAX));
     }
 
     pub(super) fn size(&self, info: &Info) {

@@ -49,7 +49,7 @@ impl Mirror {
             return Some(("outlived_journal", format!("it mirrors a journal that is gone: {became}")));
         }
         let last_sequence = mirror.state.last_sequence;
-        let lag = journal.state.last_sequence.saturating_sub(last_sequence);
+        let lag = lag(journal, mirror);
         if lag == 0 {
             self.behind = None;
             return None;
@@ -77,6 +77,11 @@ impl Mirror {
         }
         behind.stands.then_some(("stands_still", why))
     }
+}
+
+/// How many events of the journal the mirror does not have yet.
+pub(super) fn lag(journal: &Info, mirror: &Info) -> u64 {
+    journal.state.last_sequence.saturating_sub(mirror.state.last_sequence)
 }
 
 async fn step_down(bus: &Bus, stream: &str) -> Result<(), BusError> {
