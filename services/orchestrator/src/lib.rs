@@ -2,9 +2,9 @@
 //!
 //! - *I am asked* to build an image, to cancel a build, and which image a source would make.
 //! - *I ask* the resolver what a reference or revision is now, and what lies at a target; the engine to run builders; the
-//!   installation's credentials for what a builder may pull and must push.
+//!   installation's credentials for what a builder may pull and must push; a one-time URL of git credentials, once, where
+//!   builders don't do so.
 //! - *I tell* the journal every change of a build, and the metrics.
-//!   A one-time URL of git credentials is asked once, where builders don't do so.
 //! - *I never* act on a build without a claim that stands in the journal, nor before its append has succeeded; I never
 //!   speak to a registry or a git remote myself.
 

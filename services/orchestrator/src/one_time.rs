@@ -30,9 +30,10 @@ impl Shared {
 
 /// `username:password`, or a password alone.
 fn take_login(secrets: &mut Secrets, answer: &str) {
-    let (username, password) = answer.trim_end_matches(['\r', '\n']).split_once(':').unwrap_or(("", answer));
+    let answer = answer.trim_end_matches(['\r', '\n']);
+    let (username, password) = answer.split_once(':').unwrap_or(("", answer));
     username.clone_into(&mut secrets.git_username);
-    password.trim_end_matches(['\r', '\n']).clone_into(&mut secrets.git_password);
+    password.clone_into(&mut secrets.git_password);
 }
 
 /// What lies at a URL, which is a secret as well: no error names it.
