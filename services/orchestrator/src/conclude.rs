@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
+use kiln_contract::error::Code;
 use kiln_domain::engine::Observed;
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::limits;
+use kiln_domain::record::Record;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run::{Ended, Findings, RunResult};
 use kiln_domain::transition::Change;
+use tokio::time::Instant;
 
 use crate::holder::{Held, LetGo, wall_clock};
 
@@ -41,9 +44,13 @@ impl Held<'_> {
             ended.outcome = Some(self.masked(outcome).await?);
         }
         let findings = ended.outcome.as_ref().map(|outcome| outcome.findings.clone()).unwrap_or_default();
-        if let Some(digest) = self.pushed(&ended).await? {
-            return self.end(Change::Succeeded { by: self.me.clone(), digest, findings }).await;
-        }
+        let unanswered = match self.pushed(&ended).await? {
+            Ok(Some(digest)) => {
+                return self.end(Change::Succeeded { by: self.me.clone(), digest, findings }).await;
+            }
+            Ok(None) => None,
+            Err(unanswered) => Some(unanswered),
+        };
         if self.record().cancel.is_some() {
             return self.end(Change::Cancelled { by: Some(self.me.clone()), findings }).await;
         }
@@ -55,22 +62,27 @@ impl Held<'_> {
             }
             (Ending::Deadline, _) => self.took_too_long(&findings).await,
             (_, Some(RunResult::Failed(failure))) => failure,
-            (_, Some(RunResult::Pushed(digest))) => {
-                let message = format!("the builder reported {digest}, but the image is not there");
-                Failure::new(FailureReason::ImageMissing, message)
-            }
+            (_, Some(RunResult::Pushed(digest))) => match unanswered {
+                None => {
+                    let message = format!("the builder reported {digest}, but the image is not there");
+                    Failure::new(FailureReason::ImageMissing, message)
+                }
+                Some(Failure { reason, message }) => {
+                    Failure::new(reason, format!("the builder reported {digest}, but {message}"))
+                }
+            },
             (Ending::GaveUp(failure), None) => failure,
-            (Ending::Natural, None) if self.record().attempt < limits::ATTEMPTS => {
+            (Ending::Natural, None) if unanswered.is_none() && self.record().attempt < limits::ATTEMPTS => {
                 let attempt = self.record().attempt;
                 return self
                     .retry(&format!("attempt {attempt} was lost: its builder vanished without an outcome"))
                     .await;
             }
-            (Ending::Natural, None) => {
-                let message =
-                    format!("the builder vanished {} times without an outcome", self.record().attempt);
+            (Ending::Natural, None) => unanswered.unwrap_or_else(|| {
+                let attempt = self.record().attempt;
+                let message = format!("the builder vanished {attempt} times without an outcome");
                 Failure::new(FailureReason::EngineLost, message)
-            }
+            }),
         };
         self.end(Change::Failed { by: Some(self.me.clone()), failure, findings }).await
     }
@@ -105,34 +117,47 @@ impl Held<'_> {
     }
 
     /// The digest that this build put at its target, if it did: the one that its builder reported or recorded; and, asked
-    /// for the last time, any that was not there before, for what was recorded may be lost.
-    async fn pushed(&mut self, ended: &Ended) -> Result<Option<Digest>, LetGo> {
-        let reported = ended.outcome.as_ref().and_then(|outcome| match &outcome.result {
-            RunResult::Pushed(digest) => Some(digest),
-            RunResult::Failed(_) => None,
-        });
-        let mut found = self.find_target().await?;
+    /// for the last time, any that was not there before, for what was recorded may be lost. The inner error: nobody says.
+    async fn pushed(&mut self, ended: &Ended) -> Result<Result<Option<Digest>, Failure>, LetGo> {
+        let outcome = ended.outcome.as_ref().map(|outcome| &outcome.result);
+        let reported = match outcome {
+            Some(RunResult::Pushed(digest)) => Some(digest),
+            Some(RunResult::Failed(_)) | None => None,
+        };
+        // A builder that failed before it recorded a digest has PUT nothing: there is nothing under way.
+        let has_put = ended.recorded.is_some() || outcome.is_none() || reported.is_some();
+        let Record { attempt, claims, .. } = self.record();
+        if !has_put && (*attempt, *claims) == (1, 1) {
+            // Nor has any other builder: we alone could start one. A user's error waits for no registry.
+            return Ok(Ok(None));
+        }
+        let mut found = match self.find_target().await? {
+            Ok(found) => found,
+            Err(unanswered) => return Ok(Err(unanswered)),
+        };
         let ours = |found: &Option<Digest>| {
             found.is_some() && (found.as_ref() == reported || *found == ended.recorded)
         };
-        // A builder that failed before it recorded a digest has PUT nothing: there is nothing under way.
-        let under_way = ended.recorded.is_some() || ended.outcome.is_none() || reported.is_some();
-        if !ours(&found) && under_way {
+        if !ours(&found) && has_put {
             self.pause(limits::IN_FLIGHT).await?;
-            found = self.find_target().await?;
+            found = match self.find_target().await? {
+                Ok(found) => found,
+                Err(unanswered) => return Ok(Err(unanswered)),
+            };
         }
         let is_new = found.is_some() && found != self.record().digest_before;
-        Ok(if ours(&found) || is_new { found } else { None })
+        Ok(Ok(if ours(&found) || is_new { found } else { None }))
     }
 
-    /// What lies at the target, asked until the registry answers: a build's end is never guessed.
-    pub(crate) async fn find_target(&mut self) -> Result<Option<Digest>, LetGo> {
+    /// What lies at the target, asked until the registry answers: a build's end is not guessed. Nor is it waited for for
+    /// ever: a registry that has told us nothing for `registry_limit_seconds` is the inner error.
+    pub(crate) async fn find_target(&mut self) -> Result<Result<Option<Digest>, Failure>, LetGo> {
         let id = self.record().id.clone();
         let target: ImageReference = match self.record().target_ref.parse() {
             Ok(target) => target,
             Err(error) => {
                 tracing::error!(build.id = %id, "the record of `{id}` can't be read: {error}");
-                return Ok(None);
+                return Ok(Ok(None));
             }
         };
         loop {
@@ -140,13 +165,26 @@ impl Held<'_> {
                 found = self.shared.resolver.find(&target) => found,
                 () = self.stop.cancelled() => return Err(LetGo::Asked),
             };
-            match found {
-                Ok(found) => return Ok(found),
-                Err(error) => {
-                    tracing::warn!(build.id = %id, "whether `{target}` is there can't be asked now: {error}");
-                    self.pause(REGISTRY_PAUSE).await?;
+            let error = match found {
+                Ok(found) => {
+                    self.unanswered_since = None;
+                    return Ok(Ok(found));
                 }
+                Err(error) => error,
+            };
+            tracing::warn!(build.id = %id, "whether `{target}` is there can't be asked now: {error}");
+            let limit = self.shared.config.registry_limit_seconds;
+            let since = *self.unanswered_since.get_or_insert_with(Instant::now);
+            if since.elapsed() >= Duration::from_secs(limit) {
+                let reason = match error.code {
+                    Code::PermissionDenied | Code::Unauthenticated => FailureReason::RegistryDenied,
+                    _ => FailureReason::RegistryUnavailable,
+                };
+                let message =
+                    format!("whether `{target}` is there could not be learnt for {limit} s: {error}");
+                return Ok(Err(Failure::new(reason, message)));
             }
+            self.pause(REGISTRY_PAUSE).await?;
         }
     }
 

@@ -23,6 +23,8 @@ pub struct Config {
     pub max_timeout_seconds: u64,
     /// How long a build may wait; at most 24 h.
     pub queue_limit_seconds: u64,
+    /// How long a registry may leave unsaid whether a build's image is there; then the build fails.
+    pub registry_limit_seconds: u64,
     /// Registry hosts that are spoken to in plain HTTP; loopback is without being named.
     pub plain_http: Vec<String>,
     /// Admits `file://` git remotes.
@@ -40,6 +42,7 @@ impl Default for Config {
             default_timeout_seconds: 60 * 60,
             max_timeout_seconds: 24 * 60 * 60,
             queue_limit_seconds: 8 * 60 * 60,
+            registry_limit_seconds: 15 * 60,
             plain_http: Vec::new(),
             file_remotes: false,
         }
@@ -69,6 +72,7 @@ impl Config {
             ("default_timeout_seconds", self.default_timeout_seconds),
             ("max_timeout_seconds", self.max_timeout_seconds),
             ("queue_limit_seconds", self.queue_limit_seconds),
+            ("registry_limit_seconds", self.registry_limit_seconds),
         ] {
             if !(1..=longest).contains(&seconds) {
                 problems.push(format!("{key}: must be between 1 and {longest}"));

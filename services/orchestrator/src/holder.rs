@@ -16,6 +16,7 @@ use kiln_domain::record::{Record, State};
 use kiln_domain::run::Ended;
 use kiln_domain::source::Source;
 use kiln_domain::transition::Change;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
@@ -47,6 +48,8 @@ pub(crate) struct Held<'a> {
     pub(crate) me: InstanceId,
     pub(crate) tail: Entry,
     pub(crate) stop: &'a CancellationToken,
+    /// Since when the target's registry does not say what lies there.
+    pub(crate) unanswered_since: Option<Instant>,
 }
 
 /// Acts on a claimed build until it is over, the claim is lost, or `stop`. Gives the sequence of the event that ended our
@@ -57,7 +60,7 @@ pub(crate) async fn hold(shared: &Arc<Shared>, claimed: Entry, stop: &Cancellati
     let span = tracing::info_span!("hold", build.id = %id);
     kiln_bus::trace::continue_from(&span, &claimed.record.traceparent);
     async {
-        let mut held = Held { shared, me, tail: claimed, stop };
+        let mut held = Held { shared, me, tail: claimed, stop, unanswered_since: None };
         match held.see_to_its_end().await {
             Ok(()) => tracing::info!(build.id = %id, "build `{id}` ended: {}", held.tail.record.state),
             Err(LetGo::Lost) => tracing::info!(build.id = %id, "build `{id}` is no longer ours"),
@@ -164,7 +167,7 @@ impl Held<'_> {
                 Ok(Observed::Absent) => {
                     // What another holder started may be lost whole; its last PUT may still be under way.
                     self.pause(limits::IN_FLIGHT).await?;
-                    if self.image_is_new().await? {
+                    if self.may_be_pushed().await? {
                         return self.conclude(Ended::default(), Ending::Natural).await.map(Ok);
                     }
                 }
@@ -346,10 +349,10 @@ impl Held<'_> {
         }
     }
 
-    /// Whether another image lies at the target than when the build was accepted.
-    async fn image_is_new(&mut self) -> Result<bool, LetGo> {
+    /// Whether another image lies at the target than when the build was accepted, or nobody says.
+    async fn may_be_pushed(&mut self) -> Result<bool, LetGo> {
         let found = self.find_target().await?;
-        Ok(found.is_some() && found != self.record().digest_before)
+        Ok(found.map_or(true, |found| found.is_some() && found != self.record().digest_before))
     }
 
     /// Waits, unless what is to be done becomes another thing, or we are to let go.

@@ -137,7 +137,7 @@ async fn one_that_finishes_ends_as_its_builder_did() -> Result<()> {
     let digest = Digest::of(b"image");
     for (image, left, expected) in [
         ("there", pushed(&digest), (State::Succeeded, Some(digest.clone()))),
-        ("not", stopped(None), (State::Cancelled, None)),
+        ("not", stopped(Some(digest.clone())), (State::Cancelled, None)),
     ] {
         let build = running(&stage, image).await?;
         if expected.1.is_some() {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use jiff::Timestamp;
-use kiln_contract::error::Code;
+use kiln_contract::error::{Code, Refusal};
 use kiln_domain::engine::Engine as _;
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::id::RunId;
@@ -105,6 +105,52 @@ async fn a_builder_that_was_started_but_not_said_to_be_is_found() -> Result<()> 
     let _orchestrator = stage.orchestrator(config()).await?;
     let found = stage.until(&record.id, |entry| entry.record.handle.is_some()).await?;
     ensure!((found.record.claims, found.record.attempt) == (2, 1));
+    Ok(())
+}
+
+/// One that denies the installation, or is away for good, holds no build for ever.
+#[tokio::test]
+async fn a_registry_that_never_says_what_lies_at_the_target_ends_the_build_in_its_name() -> Result<()> {
+    let stage = Stage::set().await?;
+    let impatient = Config { registry_limit_seconds: 1, ..config() };
+    let _orchestrator = stage.orchestrator(impatient).await?;
+    for (image, code, left, reason) in [
+        ("denied", Code::PermissionDenied, Some(Digest::of(b"image")), FailureReason::RegistryDenied),
+        ("away", Code::Unavailable, Some(Digest::of(b"image")), FailureReason::RegistryUnavailable),
+        ("lost", Code::Unavailable, None, FailureReason::RegistryUnavailable),
+    ] {
+        stage.registry().answer();
+        let build = stage.begin(image, |_| {}).await?;
+        stage.until(&build.id, |entry| entry.record.state == State::Running).await?;
+        stage.registry().refuse(Refusal::new(code, "the registry says no"));
+        stage.engine.end(&build.run(), left.as_ref().map(pushed).unwrap_or_default());
+        let over = stage.until(&build.id, |entry| entry.record.state.is_terminal()).await?;
+        ensure!(
+            (over.record.state, over.record.reason) == (State::Failed, Some(reason)),
+            "{:?}",
+            over.record
+        );
+        let names = left.map(|digest| format!("the builder reported {digest}, but ")).unwrap_or_default();
+        let says = format!(
+            "{names}whether `{}` is there could not be learnt for 1 s: the registry says no",
+            build.target_ref
+        );
+        ensure!(over.record.message == says, "{}", over.record.message);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_users_error_waits_for_no_registry() -> Result<()> {
+    let stage = Stage::set().await?;
+    let _orchestrator = stage.orchestrator(config()).await?;
+    let build = stage.begin("x", |_| {}).await?;
+    stage.until(&build.id, |entry| entry.record.state == State::Running).await?;
+    stage.registry().refuse(Refusal::new(Code::Unavailable, "the registry is away"));
+    let wrong = Failure::new(FailureReason::Dockerfile, "step 2 failed");
+    stage.engine.end(&build.run(), ended(RunResult::Failed(wrong.clone()), None));
+    let over = stage.until(&build.id, |entry| entry.record.state.is_terminal()).await?;
+    ensure!(over.record.reason == Some(wrong.reason), "{:?}", over.record);
     Ok(())
 }
 

@@ -93,7 +93,7 @@ impl Stage {
             .answer(move |question: FindImage| {
                 let (lying, gate) = (lying.clone(), gate.clone());
                 async move {
-                    gate.pass().await;
+                    gate.pass().await?;
                     let images = lying.lock().unwrap_or_else(PoisonError::into_inner);
                     let digest = images.get(&question.reference).map(ToString::to_string).unwrap_or_default();
                     Ok(FoundImage { digest })
@@ -333,6 +333,7 @@ impl Images for Lying {
 pub(crate) struct Gate {
     shut: watch::Sender<bool>,
     waiting: watch::Sender<usize>,
+    refuses_with: Mutex<Option<Refusal>>,
 }
 
 impl Gate {
@@ -344,6 +345,15 @@ impl Gate {
         self.shut.send_replace(false);
     }
 
+    /// From now on this is what each question is answered with.
+    pub(crate) fn refuse(&self, refusal: Refusal) {
+        *self.refuses_with.lock().unwrap_or_else(PoisonError::into_inner) = Some(refusal);
+    }
+
+    pub(crate) fn answer(&self) {
+        *self.refuses_with.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// Returns once somebody waits.
     pub(crate) async fn somebody_waits(&self) -> Result<()> {
         let mut waiting = self.waiting.subscribe();
@@ -351,11 +361,15 @@ impl Gate {
         Ok(())
     }
 
-    async fn pass(&self) {
+    async fn pass(&self) -> Result<(), Refusal> {
         self.waiting.send_modify(|waiting| *waiting += 1);
         // Fails only where the sender is gone, which we hold.
         let _ = self.shut.subscribe().wait_for(|shut| !shut).await;
         self.waiting.send_modify(|waiting| *waiting -= 1);
+        match &*self.refuses_with.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(refusal) => Err(refusal.clone()),
+            None => Ok(()),
+        }
     }
 }
 

@@ -192,7 +192,12 @@ pub(super) fn step(system: &mut System, rules: &Rules, me: usize, answer: Answer
                 return None;
             }
             let found = Found { outcome: run.outcome, recorded: run.recorded };
+            let has_put = found.outcome != Some(Outcome::Failed) || found.recorded.is_some();
             match found.image(rules, system.registry.tag, !rules.asked_again) {
+                // Only we could start a builder, and it failed before it PUT: not asked for.
+                _ if !has_put && (record.attempt, record.claims) == (1, 1) => {
+                    found.otherwise(rules, &holder, record)
+                }
                 Some(image) => Phase::Append(Act::Succeeded(image)),
                 None if rules.asked_again => Phase::AskAgain(found),
                 None => found.otherwise(rules, &holder, record),
