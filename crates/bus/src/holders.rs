@@ -162,12 +162,7 @@ impl Holders {
             }
         }
         match self.last(instance).await? {
-            Ok(message) => {
-                // A marker that the server left when the lease lapsed, or our own delete.
-                let dead = message.headers.get("KV-Operation").is_some()
-                    || message.headers.get("Nats-Marker-Reason").is_some();
-                Ok(dead)
-            }
+            Ok(message) => Ok(is_ended(&message)),
             Err(error) if matches!(error.kind(), LastRawMessageErrorKind::NoMessageFound) => {
                 // Where ours is missing too, the bucket was emptied: that says nothing of others.
                 let me = self.mine().instance.clone();
@@ -343,15 +338,25 @@ pub(crate) async fn leases(store: &Store) -> Result<Vec<Held>, BusError> {
     let mut keys = store.keys().await.map_err(|error| failed(&error))?;
     let mut leases = Vec::new();
     while let Some(key) = keys.next().await {
-        let key = key.map_err(|error| failed(&error))?;
-        let Some(says) = store.get(key.as_str()).await.map_err(|error| failed(&error))? else { continue };
-        let Ok(instance) = key.parse() else { continue };
-        let says = String::from_utf8_lossy(&says).into_owned();
+        let Ok(instance) = key.map_err(|error| failed(&error))?.parse() else { continue };
+        // The leader's word: of two that begin at once each sees the other.
+        let last = match store.stream.get_last_raw_message_by_subject(&self::key(&instance)).await {
+            Ok(last) if !is_ended(&last) => last,
+            Ok(_) => continue,
+            Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => continue,
+            Err(error) => return Err(failed(&error)),
+        };
+        let says = String::from_utf8_lossy(&last.payload).into_owned();
         let mut words = says.split(' ').skip(1).map(ToOwned::to_owned);
         let (life, host) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
         leases.push(Held { instance, life, host });
     }
     Ok(leases)
+}
+
+/// A marker that the server left when the lease lapsed, or its holder's own delete.
+fn is_ended(last: &StreamMessage) -> bool {
+    ["KV-Operation", "Nats-Marker-Reason"].iter().any(|header| last.headers.get(*header).is_some())
 }
 
 fn key(instance: &InstanceId) -> String {

@@ -106,8 +106,8 @@ pub trait Engine: Send + Sync {
     fn name(&self) -> &'static str;
 
     /// The host that its builders are bound to, if they are: then nobody on another host can find or adopt them.
-    fn host(&self) -> Option<String> {
-        None
+    fn host(&self) -> Result<Option<String>, EngineError> {
+        Ok(None)
     }
 
     /// What its builders execute Dockerfiles with ("buildah", "buildkit"), where that is known before one has begun.

@@ -68,10 +68,12 @@ pub async fn run(
     let Parts { bus, engine, open_key, life, lease, metrics: mut registry } = parts;
     let metrics = Metrics::register(&mut registry, config.max_log_bytes);
     let (tasks, ended) = (TaskTracker::new(), CancellationToken::new());
+    // Also where what follows fails.
+    let _guard = ended.clone().drop_guard();
     let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
-    let holders = Holders::start(&bus, ROLE, &life, engine.host().as_deref(), lease, &tasks)
-        .await
-        .context("take a lease")?;
+    let host = engine.host().context("learn which host the builders are bound to")?;
+    let holders =
+        Holders::start(&bus, ROLE, &life, host.as_deref(), lease, &tasks).await.context("take a lease")?;
     let journal = Journal::open(&bus).await.context("open the journal")?;
     let secrets = SecretsBucket::open(&bus).await.context("open the secrets")?;
     let logs = Logs::new(&bus);

@@ -95,12 +95,13 @@ pub async fn run(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let Parts { bus, engine, installation, open_key, life, lease, mut metrics } = parts;
-    let tasks = TaskTracker::new();
-    let ended = CancellationToken::new();
+    let (tasks, ended) = (TaskTracker::new(), CancellationToken::new());
+    // Also where what follows fails.
+    let _guard = ended.clone().drop_guard();
     let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
-    let holders = Holders::start(&bus, ROLE, &life, engine.host().as_deref(), lease, &tasks)
-        .await
-        .context("take a lease")?;
+    let host = engine.host().context("learn which host the builders are bound to")?;
+    let holders =
+        Holders::start(&bus, ROLE, &life, host.as_deref(), lease, &tasks).await.context("take a lease")?;
     let shared = Arc::new(Shared {
         journal: Journal::open(&bus).await.context("open the journal")?,
         secrets: SecretsBucket::open(&bus).await.context("open the secrets")?,

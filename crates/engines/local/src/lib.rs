@@ -8,6 +8,7 @@
 
 mod config;
 mod folder;
+mod host;
 pub mod inspect;
 mod kill;
 mod read;
@@ -32,6 +33,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use crate::config::Config;
+pub use crate::host::known as known_host;
 
 use crate::folder::{Begun, Folder, Holder, forget_revoked};
 
@@ -169,8 +171,11 @@ impl Engine for LocalEngine {
     }
 
     /// Runs are processes, locks and files of it.
-    fn host(&self) -> Option<String> {
-        this_host()
+    fn host(&self) -> Result<Option<String>, EngineError> {
+        let runs = &self.config.runs;
+        host::named(runs)
+            .map(Some)
+            .map_err(|error| EngineError::Unavailable(format!("cannot name {}: {error}", runs.display())))
     }
 
     async fn start(&self, spec: &RunSpec, secrets: &RunSecrets) -> Result<Handle, EngineError> {
@@ -293,11 +298,6 @@ impl Engine for LocalEngine {
     fn advance(&self, from: &Cursor, bytes: &[u8]) -> Cursor {
         read::advance(from, bytes)
     }
-}
-
-/// Names this boot of this machine, to which the builders of a local engine are bound.
-pub fn this_host() -> Option<String> {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_owned())
 }
 
 /// Does what blocks for a moment where that holds up nobody.

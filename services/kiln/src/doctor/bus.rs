@@ -10,7 +10,7 @@ use kiln_domain::id::BuildId;
 use kiln_engine_local::inspect::{Found, Stands};
 use kiln_orchestrator::inspect::{Builds, Standing, seal_key};
 
-use super::{PATIENCE, within};
+use super::{PATIENCE, engine, within};
 use crate::config::Config;
 
 /// What is over, or unknown, for less may still be in somebody's hands.
@@ -65,11 +65,7 @@ pub(super) async fn ask(config: &Config, builds: Vec<BuildId>) -> Answer {
     let live = match instances {
         Ok(instances) => {
             findings.extend(roles(&instances));
-            elsewhere = instances
-                .hosts
-                .iter()
-                .next()
-                .is_some_and(|host| Some(host) != kiln_engine_local::this_host().as_ref());
+            elsewhere = instances.hosts.iter().next().is_some_and(|host| !engine::is_on(config, host));
             Some(instances.leases)
         }
         Err(finding) => {

@@ -22,6 +22,12 @@ fn runs(local: &LocalConfig) -> PathBuf {
     local.folder.join(engine::RUNS)
 }
 
+/// Whether the builders of `host` are those of this configuration's folder, here.
+pub(super) fn is_on(config: &Config, host: &str) -> bool {
+    let here = config.engine.local().map(|local| kiln_engine_local::known_host(&runs(local)));
+    here.is_some_and(|here| here.is_ok_and(|here| here == host))
+}
+
 fn settings(local: &LocalConfig) -> Settings {
     engine::settings(local, local.folder.join(engine::LAYERS))
 }
