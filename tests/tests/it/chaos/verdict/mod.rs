@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use kiln_contract::subject;
+use kiln_domain::failure::FailureReason;
 use kiln_domain::id::{BuildId, RunId};
 use kiln_domain::record::Record;
 use kiln_testkit::streams::{self, Event};
@@ -76,6 +77,7 @@ impl<'a> Evidence<'a> {
         let mut problems = journal::check(&self.events);
         problems.extend(self.mirror().await?);
         problems.extend(self.answers());
+        problems.extend(self.lost_for_no_cause());
         problems.extend(self.secrets()?);
         problems.extend(images::check(self).await?);
         problems.extend(logs::check(self).await?);
@@ -132,6 +134,16 @@ impl<'a> Evidence<'a> {
             }
         }
         problems
+    }
+
+    /// No more builders were lost than we befell: whatever happens to roles, bus and registry, they run on.
+    fn lost_for_no_cause(&self) -> Option<Problem> {
+        let retried = self.events.iter().filter(|event| event.name == "retrying").count();
+        let given_up =
+            self.records.values().filter(|record| record.reason == Some(FailureReason::EngineLost)).count();
+        let befallen = Done::count(&self.done.builders);
+        (retried + given_up > befallen)
+            .then(|| Problem::new(format!("{retried} builders lost and tried again, {given_up} given up, {befallen} befallen")))
     }
 
     /// Some figures of what happened.
