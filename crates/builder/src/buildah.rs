@@ -14,6 +14,7 @@ mod storage;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use kiln_domain::failure::{Failure, FailureReason};
@@ -35,6 +36,10 @@ use crate::tool::{BuildRequest, BuildTool, Built, ToolError, Ways, check_argumen
 const TO_PULL: &str = "auth.json";
 const TO_PUSH: &str = "push-auth.json";
 
+/// A container without a note of whose it is after this long belongs to a buildah that was killed before it wrote one.
+const NOTED_WITHIN: Duration = Duration::from_secs(20);
+/// How often it is looked whether it has one by now.
+const LOOK: Duration = Duration::from_millis(200);
 /// In the work folder: containers whose removal has begun. Of one that was killed at that, the note of whose it is may be gone.
 const REMOVING: &str = "removing";
 
@@ -148,15 +153,44 @@ impl Buildah {
     }
 
     /// The containers that this run's builds left behind.
-    fn leftover_containers(&self) -> Vec<String> {
-        let Some(run) = self.work.parent() else { return Vec::new() };
-        let (Some(runs), Some(name)) = (run.parent(), run.file_name()) else { return Vec::new() };
+    fn leftover_containers(&self) -> BTreeSet<String> {
+        let Some(run) = self.work.parent() else { return BTreeSet::new() };
+        let (Some(runs), Some(name)) = (run.parent(), run.file_name()) else { return BTreeSet::new() };
         let storage = self.storage();
         let containers = storage.containers(runs).into_iter();
         let marked = containers.filter(|(_, run)| name == run.as_str()).map(|(container, _)| container);
         let begun = std::fs::read_to_string(self.work.join(REMOVING)).unwrap_or_default();
         let begun = begun.lines().filter(|container| storage.has(container)).map(str::to_owned);
-        marked.chain(begun).collect::<BTreeSet<_>>().into_iter().collect()
+        marked.chain(begun).collect()
+    }
+
+    /// Removes what a builder left that died: also the container that its buildah had made, and not yet noted whose it is.
+    pub(crate) async fn clear_after_death(&self) -> bool {
+        let storage = self.storage();
+        let nobodys = loop {
+            // Those of buildahs that live are noted within milliseconds.
+            let unnoted = storage.unnoted();
+            if unnoted.iter().all(|(_, age)| *age >= NOTED_WITHIN) {
+                break unnoted.into_iter().map(|(container, _)| container);
+            }
+            tokio::time::sleep(LOOK).await;
+        };
+        self.remove_containers(nobodys.chain(self.leftover_containers()).collect()).await
+    }
+
+    /// Whether none is left.
+    async fn remove_containers(&self, containers: BTreeSet<String>) -> bool {
+        if !containers.is_empty() {
+            let containers: Vec<String> = containers.into_iter().collect();
+            if write_private(&self.work.join(REMOVING), containers.join("\n").as_bytes()).is_err() {
+                return false;
+            }
+            let mut command = self.command("rm");
+            command.args(&containers);
+            let _ = self.children.run(command, Show::Nothing).await;
+            self.storage().remove_forgotten(&containers);
+        }
+        self.leftover_containers().is_empty()
     }
 
     fn storage(&self) -> Storage {
@@ -218,23 +252,14 @@ impl BuildTool for Buildah {
     }
 
     async fn clear(&self, built: Option<&Built>) -> bool {
-        let containers = self.leftover_containers();
-        if !containers.is_empty() {
-            if write_private(&self.work.join(REMOVING), containers.join("\n").as_bytes()).is_err() {
-                return false;
-            }
-            let mut command = self.command("rm");
-            command.args(&containers);
-            let _ = self.children.run(command, Show::Nothing).await;
-            self.storage().remove_forgotten(&containers);
-        }
+        let cleared = self.remove_containers(self.leftover_containers()).await;
         if let Some(built) = built.filter(|_| self.no_cache) {
             let mut command = self.command("rmi");
             command.arg(&built.image);
             // It may serve another build at the moment.
             let _ = self.children.run(command, Show::Nothing).await;
         }
-        self.leftover_containers().is_empty()
+        cleared
     }
 }
 

@@ -247,7 +247,7 @@ async fn clear_old(folder: &Folder, output: Output) -> Exit {
         && folder.work().exists()
     {
         let buildah = Buildah::of(&settings, &folder.work(), &children);
-        cleared = timeout(CLEARING, buildah.clear(None)).await.unwrap_or(false);
+        cleared = timeout(CLEARING, buildah.clear_after_death()).await.unwrap_or(false);
         children.end_all().await;
     }
     match leftovers::remove(folder, cleared) {

@@ -1,9 +1,26 @@
 //! Where buildah keeps layers and containers, for all builds of the installation: what lies there, read without buildah.
 
+use std::collections::BTreeMap;
+use std::fs::Metadata;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
+use jiff::Timestamp;
 use kiln_domain::run_folder::Settings;
+use serde::Deserialize;
 use tokio::process::Command;
+
+/// In the folder of containers: the containers that there are.
+const LIST: &str = "containers.json";
+/// In a container's folder: what buildah knows of it.
+const NOTE: &str = "userdata/buildah.json";
+
+/// A container as the list has it.
+#[derive(Deserialize)]
+struct Listed {
+    id: String,
+    created: Timestamp,
+}
 
 /// The storage that an installation's builds share.
 #[derive(Clone, Debug)]
@@ -50,7 +67,7 @@ impl Storage {
         let folder = self.container_folders();
         // A field that no Dockerfile writes to.
         let run_of = |container: &Path| {
-            let note = std::fs::read(container.join("userdata/buildah.json")).ok()?;
+            let note = std::fs::read(container.join(NOTE)).ok()?;
             let note: serde_json::Value = serde_json::from_slice(&note).ok()?;
             let hooks = Path::new(note.pointer("/CommonBuildOpts/OCIHooksDir/0")?.as_str()?);
             hooks.strip_prefix(runs).ok()?.iter().next()?.to_str().map(str::to_owned)
@@ -59,6 +76,23 @@ impl Storage {
         entries
             .filter_map(|entry| Some((entry.file_name().into_string().ok()?, run_of(&entry.path())?)))
             .collect()
+    }
+
+    /// The containers of which buildah has not noted anything, each with its age. It makes a container and notes it some
+    /// milliseconds later; one that was killed between leaves it so.
+    pub(crate) fn unnoted(&self) -> Vec<(String, Duration)> {
+        let folder = self.container_folders();
+        let list = std::fs::read(folder.join(LIST)).unwrap_or_default();
+        let listed: Vec<Listed> = serde_json::from_slice(&list).unwrap_or_default();
+        let listed = listed.into_iter().map(|Listed { id, created }| (id, SystemTime::from(created)));
+        let folders = std::fs::read_dir(&folder).into_iter().flatten().flatten().filter_map(|entry| {
+            let made = entry.metadata().ok().filter(Metadata::is_dir)?.modified().ok()?;
+            Some((entry.file_name().into_string().ok()?, made))
+        });
+        // Of one that is both, the list knows the age: what is written to its folder makes that younger.
+        let all: BTreeMap<String, SystemTime> = folders.chain(listed).collect();
+        let unnoted = all.into_iter().filter(|(container, _)| !folder.join(container).join(NOTE).exists());
+        unnoted.map(|(container, made)| (container, made.elapsed().unwrap_or_default())).collect()
     }
 
     fn container_folders(&self) -> PathBuf {
@@ -78,7 +112,7 @@ impl Storage {
     }
 
     fn lists(&self, container: &str) -> bool {
-        let list = std::fs::read_to_string(self.container_folders().join("containers.json"));
+        let list = std::fs::read_to_string(self.container_folders().join(LIST));
         list.is_ok_and(|list| list.contains(&format!("\"{container}\"")))
     }
 
@@ -111,6 +145,31 @@ pub(crate) fn boot_id() -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_buildah_has_not_noted_is_found_with_its_age() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = Storage::of(&Settings::new(folder.path().to_owned()));
+        assert_eq!(storage.unnoted(), []);
+        let containers = storage.container_folders();
+        for (container, file) in
+            [("noted", NOTE), ("begun", "userdata/.tmp-buildah.json7"), ("forgotten", "x/y")]
+        {
+            let file = containers.join(container).join(file);
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(file, "{}").unwrap();
+        }
+        let listed = ["noted", "begun", "bare"]
+            .map(|id| format!(r#"{{"id":"{id}","created":"2026-01-01T00:00:00Z","flags":{{}}}}"#));
+        std::fs::write(containers.join(LIST), format!("[{}]", listed.join(","))).unwrap();
+        let unnoted = storage.unnoted();
+        let old = |(id, age): &(String, Duration)| (id.clone(), age.as_secs() >= 300);
+        let expected = [("bare", true), ("begun", true), ("forgotten", false)];
+        assert_eq!(
+            unnoted.iter().map(old).collect::<Vec<_>>(),
+            expected.map(|(id, old)| (id.to_owned(), old))
+        );
+    }
 
     #[test]
     fn run_roots_of_former_boots_are_forgotten() {

@@ -1,9 +1,9 @@
 //! Which processes reach the same builders: those of one boot of one machine that share a folder of runs. The boot alone would
 //! take two containers of one machine for one host, though neither sees what the other runs.
 
-use std::fs::{self, DirBuilder};
-use std::io;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 /// Beside the runs: no run is called so.
@@ -17,7 +17,8 @@ pub(crate) fn named(runs: &Path) -> io::Result<String> {
         // Whole or not at all, and one name only, whoever else does the same.
         let random = fs::read_to_string("/proc/sys/kernel/random/uuid")?;
         let draft = runs.join(format!("{NAME}.{}", random.trim()));
-        fs::write(&draft, random.trim())?;
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft)?;
+        file.write_all(random.trim().as_bytes())?;
         let linked = fs::hard_link(&draft, &name);
         fs::remove_file(&draft)?;
         match linked {
