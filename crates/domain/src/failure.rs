@@ -55,6 +55,13 @@ impl FailureReason {
     }
 }
 
+impl FailureReason {
+    /// It was found when the last builder was no more: what that wrote does not tell it.
+    pub fn is_found_afterwards(self) -> bool {
+        matches!(self, Self::EngineLost | Self::ImageMissing | Self::QueueExpired)
+    }
+}
+
 impl std::fmt::Display for FailureReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.as_str())

@@ -19,7 +19,7 @@ mod source;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use kiln_bus::holders::Holders;
+use kiln_bus::holders::{Holders, Member};
 use kiln_bus::journal::Journal;
 use kiln_bus::logs::Logs;
 use kiln_bus::seal::OpenKey;
@@ -48,7 +48,7 @@ pub struct Parts {
     pub bus: Bus,
     pub engine: Arc<dyn Engine>,
     pub open_key: OpenKey,
-    /// See [`Holders::start`].
+    /// See [`Member`].
     pub life: String,
     pub lease: Lease,
     /// Gets the log-relay's metrics.
@@ -72,8 +72,9 @@ pub async fn run(
     let _guard = ended.clone().drop_guard();
     let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
     let host = engine.host().context("learn which host the builders are bound to")?;
-    let holders =
-        Holders::start(&bus, ROLE, &life, host.as_deref(), lease, &tasks).await.context("take a lease")?;
+    let seal_key = open_key.seal_key();
+    let member = Member { role: ROLE, life: &life, host: host.as_deref(), seal_key: Some(&seal_key) };
+    let holders = Holders::start(&bus, member, lease, &tasks).await.context("take a lease")?;
     let journal = Journal::open(&bus).await.context("open the journal")?;
     let secrets = SecretsBucket::open(&bus).await.context("open the secrets")?;
     let logs = Logs::new(&bus);

@@ -85,16 +85,13 @@ impl Output {
         self.send(line, source).await
     }
 
-    /// A line of the relay's own that says nothing of the source.
-    pub(crate) async fn remark(&mut self, text: &str) -> Result<(), Trouble> {
-        self.line(text, self.source.clone()).await
-    }
-
-    /// The end of the log.
-    pub(crate) async fn complete(mut self) -> Result<(), Trouble> {
+    /// The end of the log, with a last line of the relay's own: in one chunk, so that nobody says it again who takes over.
+    pub(crate) async fn complete(mut self, last_words: Option<&str>) -> Result<(), Trouble> {
         let source = self.source.clone();
         let limited = self.is_limited();
-        self.push(Item { bytes: Bytes::new(), source, complete: true, limited }).await
+        let words = last_words.filter(|_| !limited);
+        let bytes = words.map(|words| self.own_line(words)).unwrap_or_default();
+        self.push(Item { bytes, source, complete: true, limited }).await
     }
 
     /// The steps of an attempt begin anew.

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use kiln_bus::journal::Entry;
 use kiln_bus::logs::{CHUNK_BYTES, Source};
 use kiln_domain::engine::{Cursor, Engine, EngineError};
+use kiln_domain::failure::FailureReason;
 use kiln_domain::id::{BuildId, RunId};
 use kiln_domain::record::{Record, State};
 use tokio::sync::watch;
@@ -58,8 +59,8 @@ impl Reading {
             let started = self.attempt(number, cursor).await?;
             let record = self.entries.borrow().record.clone();
             if record.attempt <= number {
-                self.last_words(&record, started).await?;
-                return self.output.complete().await;
+                let last_words = self.last_words(&record, started);
+                return self.output.complete(last_words.as_deref()).await;
             }
             let line = format!("attempt {number} was lost; attempt {} follows", number + 1);
             number += 1;
@@ -175,27 +176,36 @@ impl Reading {
         Ok(())
     }
 
-    /// What a reader must know who would otherwise see nothing.
-    async fn last_words(&mut self, record: &Record, started: bool) -> Result<(), Trouble> {
+    /// What a reader must know whom the builder's output, if there is any, does not tell how the build ended.
+    fn last_words(&self, record: &Record, started: bool) -> Option<String> {
         let Some(patterns) = self.patterns.clone() else {
             let words =
                 "the log is withheld: the build's secrets could not be opened, so they could not be masked";
-            return self.output.remark(words).await;
+            return Some(words.to_owned());
         };
-        if started || !self.output.is_empty() {
-            return Ok(());
-        }
+        let attempt = match record.attempt {
+            _ if self.output.is_empty() => "it".to_owned(),
+            attempt => format!("attempt {attempt}"),
+        };
         let words = match record.state {
-            State::Cancelled => "the build was cancelled before it started".to_owned(),
-            State::Failed if record.message.is_empty() => "the build failed before it started".to_owned(),
-            State::Failed => format!("the build failed before it started: {}", record.message),
-            _ => "nothing was run: the image was there".to_owned(),
+            State::Cancelled if !started => format!("the build was cancelled before {attempt} started"),
+            State::Failed if !started && record.message.is_empty() => {
+                format!("the build failed before {attempt} started")
+            }
+            State::Failed if !started => {
+                format!("the build failed before {attempt} started: {}", record.message)
+            }
+            State::Failed if record.reason.is_some_and(FailureReason::is_found_afterwards) => {
+                format!("the build failed: {}", record.message)
+            }
+            State::Succeeded if self.output.is_empty() => "nothing was run: the image was there".to_owned(),
+            _ => return None,
         };
         let mut masker = Masker::new(patterns);
         let mut pieces = masker.push(&Bytes::from(words));
         pieces.extend(masker.finish());
         let shown: Vec<_> = pieces.iter().map(Piece::shown).collect();
-        self.output.remark(&String::from_utf8_lossy(&shown.concat())).await
+        Some(String::from_utf8_lossy(&shown.concat()).into_owned())
     }
 
     fn stage(&self, number: u32) -> Stage {

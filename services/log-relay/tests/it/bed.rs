@@ -224,6 +224,10 @@ impl Play {
         self.tail.record.run()
     }
 
+    pub(crate) fn holder(&self) -> InstanceId {
+        self.by.clone()
+    }
+
     pub(crate) async fn change(&mut self, change: Change) -> Result<()> {
         self.tail = self.journal.append(Some(&self.tail), &change, &self.by).await?;
         Ok(())

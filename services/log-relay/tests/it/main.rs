@@ -135,6 +135,40 @@ async fn a_build_that_never_started_has_a_complete_log() -> Result<()> {
     Ok(())
 }
 
+/// Builders tell how a build ended; what became of it when the last of them was no more, the relay tells.
+#[tokio::test]
+async fn the_last_line_says_how_the_build_ended() -> Result<()> {
+    let bed = Bed::new().await?;
+    let _relay = bed.relay("a").await?;
+    let findings = kiln_domain::run::Findings::default;
+    let mut cancelled = bed.build(1, SECRET).await?;
+    cancelled.start().await?;
+    cancelled.write("STEP 1");
+    cancelled.end();
+    cancelled.retry().await?;
+    let by = cancelled.holder();
+    cancelled.change(Change::CancelRequested { reason: "enough".into() }).await?;
+    cancelled.change(Change::Cancelled { by: Some(by.clone()), findings: findings() }).await?;
+    assert_eq!(
+        bed.text(&cancelled.id).await?,
+        "STEP 1\nkiln: attempt 1 was lost; attempt 2 follows\nkiln: the build was cancelled before attempt 2 started\n"
+    );
+    for (number, reason) in [(2, FailureReason::EngineLost), (3, FailureReason::ImageMissing)] {
+        let mut failed = bed.build(number, SECRET).await?;
+        failed.start().await?;
+        failed.write("kiln: done: x\n");
+        failed.end();
+        let by = failed.holder();
+        let failure = Failure { reason, message: format!("`{SECRET}` is not there") };
+        failed.change(Change::Failed { by: Some(by.clone()), failure, findings: findings() }).await?;
+        assert_eq!(
+            bed.text(&failed.id).await?,
+            "kiln: done: x\nkiln: the build failed: `***` is not there\n"
+        );
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn without_its_secrets_no_byte_is_written() -> Result<()> {
     let bed = Bed::new().await?;

@@ -1,6 +1,7 @@
 //! Every log is complete, the same for whoever reads it, and byte for byte what the builders wrote.
 
 use anyhow::{Context as _, Result};
+use kiln_domain::failure::FailureReason;
 use kiln_domain::id::{BuildId, RunId};
 use kiln_domain::record::{Record, State};
 use kiln_domain::source::Source;
@@ -57,14 +58,13 @@ async fn read(
     Ok((log, complete))
 }
 
-/// Whether a log is not what the builders wrote; where they wrote nothing, the relay may say so in a line.
+/// Whether a log is not what the builders wrote, with what the relay has to say.
 fn differs(evidence: &Evidence<'_>, record: &Record, log: &[u8]) -> Option<String> {
-    let written = written(evidence, record);
-    let said = written.is_empty() && log == last_words(record).as_bytes();
-    if said { None } else { compare(log, &written) }
+    compare(log, &written(evidence, record))
 }
 
-/// What the log of a build must be: the outputs of its attempts, with a line of the relay between them, and the secret masked.
+/// What the log of a build must be: the outputs of its attempts, with a line of the relay between them and maybe at the
+/// end, and the secret masked.
 fn written(evidence: &Evidence<'_>, record: &Record) -> Vec<u8> {
     let mut log: Vec<u8> = Vec::new();
     for attempt in 1..=record.attempt {
@@ -78,17 +78,36 @@ fn written(evidence: &Evidence<'_>, record: &Record) -> Vec<u8> {
         let output = evidence.outputs.get(&RunId::new(&record.id, attempt));
         log.extend_from_slice(output.map_or(&[], Vec::as_slice));
     }
+    let started = evidence.outputs.get(&record.run()).is_some_and(|output| !output.is_empty());
+    if let Some(words) = last_words(record, started) {
+        if log.last().is_some_and(|last| *last != b'\n') {
+            log.push(b'\n');
+        }
+        log.extend_from_slice(format!("kiln: {words}\n").as_bytes());
+    }
     // Outputs are text here.
     let Ok(text) = String::from_utf8(log) else { return Vec::new() };
     image_of(record).map_or(text.clone(), |number| text.replace(&secret(number), "***")).into_bytes()
 }
 
-/// What the relay says of a build of which nothing ran.
-fn last_words(record: &Record) -> String {
-    match record.state {
-        State::Cancelled => "kiln: the build was cancelled before it started\n".into(),
-        State::Failed => format!("kiln: the build failed before it started: {}\n", record.message),
-        _ => "kiln: nothing was run: the image was there\n".into(),
+/// What the relay says where the last builder's output, if there is any, does not tell how the build ended.
+fn last_words(record: &Record, started: bool) -> Option<String> {
+    let what = match record.attempt {
+        1 => "it".to_owned(),
+        attempt => format!("attempt {attempt}"),
+    };
+    match (record.state, record.reason) {
+        (State::Cancelled, _) if !started => Some(format!("the build was cancelled before {what} started")),
+        (State::Failed, _) if !started => {
+            Some(format!("the build failed before {what} started: {}", record.message))
+        }
+        (State::Failed, Some(FailureReason::EngineLost)) => {
+            Some(format!("the build failed: {}", record.message))
+        }
+        (State::Succeeded, _) if !started && record.attempt == 1 => {
+            Some("nothing was run: the image was there".into())
+        }
+        _ => None,
     }
 }
 

@@ -142,8 +142,11 @@ impl<'a> Evidence<'a> {
         let given_up =
             self.records.values().filter(|record| record.reason == Some(FailureReason::EngineLost)).count();
         let befallen = Done::count(&self.done.builders);
-        (retried + given_up > befallen)
-            .then(|| Problem::new(format!("{retried} builders lost and tried again, {given_up} given up, {befallen} befallen")))
+        (retried + given_up > befallen).then(|| {
+            Problem::new(format!(
+                "{retried} builders lost and tried again, {given_up} given up, {befallen} befallen"
+            ))
+        })
     }
 
     /// Some figures of what happened.
