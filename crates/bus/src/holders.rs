@@ -25,10 +25,23 @@ use tokio_util::task::TaskTracker;
 use crate::connection::{Bus, PATIENCE};
 use crate::error::BusError;
 use crate::lease::Lease;
+use crate::seal::SealKey;
 
 const RENEW: &str = "renew the lease";
 /// Before a renewal that failed is tried again.
 const RENEW_AGAIN: Duration = Duration::from_secs(1);
+
+/// Who takes a lease, and what must not differ between those who live at once.
+#[derive(Clone, Copy, Default)]
+pub struct Member<'a> {
+    pub role: &'a str,
+    /// Names the process that the lease lives and dies with, for [`Bus::end_leases`]; empty where nobody will know.
+    pub life: &'a str,
+    /// Where its engine's builders are, if they are bound to one host.
+    pub host: Option<&'a str>,
+    /// For which secrets are to be sealed that it opens.
+    pub seal_key: Option<&'a SealKey>,
+}
 
 /// This process's lease, and everybody else's.
 #[derive(Clone)]
@@ -40,7 +53,7 @@ struct Shared {
     bus: Bus,
     store: Store,
     role: String,
-    /// What the lease says: role, life and host.
+    /// What the lease says: role, life, host and seal key.
     says: String,
     lease: Lease,
     mine: Mutex<Mine>,
@@ -58,17 +71,15 @@ struct Mine {
 }
 
 impl Holders {
-    /// Takes a lease for a new instance of `role`, and renews it until it is released. `life` names the process that
-    /// it lives and dies with, for [`Bus::end_leases`]; empty where nobody will know. `host` is where its
-    /// engine's builders are, if they are bound to one: then it is refused while an instance bound to another one lives.
+    /// Takes a lease for a new instance, and renews it until it is released. It is refused while an instance with
+    /// another host or seal key lives.
     pub async fn start(
         bus: &Bus,
-        role: &str,
-        life: &str,
-        host: Option<&str>,
+        member: Member<'_>,
         lease: Lease,
         tasks: &TaskTracker,
     ) -> Result<Self, BusError> {
+        let Member { role, life, host, seal_key } = member;
         let store = bus
             .js
             .get_key_value(bucket::HOLDERS)
@@ -81,7 +92,11 @@ impl Holders {
                 bus: bus.clone(),
                 store,
                 role: role.to_owned(),
-                says: format!("{role} {life} {}", host.unwrap_or_default()),
+                says: format!(
+                    "{role} {life} {} {}",
+                    host.unwrap_or_default(),
+                    seal_key.map_or("", SealKey::public)
+                ),
                 lease,
                 mine: Mutex::new(mine),
                 live: watch::Sender::new(BTreeSet::new()),
@@ -89,16 +104,10 @@ impl Holders {
             }),
         };
         holders.renew().await?;
-        if let Some(host) = host
-            && let Some(other) = holders.elsewhere(host).await?
-        {
+        let leases = leases(&holders.shared.store).await?;
+        if let Some(detail) = leases.iter().find_map(|other| other.differs(host, seal_key)) {
             holders.release().await;
-            return Err(BusError::Refused {
-                operation: "take a lease",
-                detail: format!(
-                    "the engine's builders are bound to this host, and {other} is bound to another"
-                ),
-            });
+            return Err(BusError::Refused { operation: "take a lease", detail });
         }
         for work in [true, false] {
             let holders = holders.clone();
@@ -182,15 +191,6 @@ impl Holders {
         }
     }
 
-    /// A live instance that is bound to another host than `host`, if there is one.
-    async fn elsewhere(&self, host: &str) -> Result<Option<InstanceId>, BusError> {
-        let leases = leases(&self.shared.store).await?;
-        Ok(leases
-            .into_iter()
-            .find(|lease| !lease.host.is_empty() && lease.host != host)
-            .map(|lease| lease.instance))
-    }
-
     async fn keep_renewing(&self) {
         let mut failing = false;
         loop {
@@ -246,9 +246,10 @@ impl Holders {
                     Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => {
                         let again = self.write(&before.instance, 0).await?;
                         let revision = again.map_err(|error| BusError::unavailable(RENEW, error))?;
-                        tracing::error!(
-                            "the bucket of leases was emptied: the lease of {} is written again",
-                            before.instance
+                        self.shared.bus.happened(
+                            format!("KV_{}", bucket::HOLDERS),
+                            "emptied",
+                            format!("somebody emptied it: the lease of {} is written again", before.instance),
                         );
                         self.renewed(&before, revision, sent, true);
                         Ok(())
@@ -314,6 +315,16 @@ impl Holders {
 }
 
 impl Bus {
+    /// Refuses a seal key for which who lives can't open what is sealed: what is given to them would be lost.
+    pub async fn check_seal_key(&self, key: &SealKey) -> Result<(), BusError> {
+        const CHECK: &str = "compare the seal key";
+        let store = self.call(CHECK, self.js.get_key_value(bucket::HOLDERS)).await?;
+        match leases(&store).await?.iter().find_map(|other| other.differs(None, Some(key))) {
+            Some(detail) => Err(BusError::Refused { operation: CHECK, detail }),
+            None => Ok(()),
+        }
+    }
+
     /// Ends the leases of a life that is known to be over, so that what it held may be taken over at once.
     pub async fn end_leases(&self, life: &str) -> Result<(), BusError> {
         let failed =
@@ -331,6 +342,27 @@ pub(crate) struct Held {
     pub(crate) instance: InstanceId,
     life: String,
     pub(crate) host: String,
+    seal_key: String,
+}
+
+impl Held {
+    /// Why nobody with this host and seal key may be beside it.
+    fn differs(&self, host: Option<&str>, seal_key: Option<&SealKey>) -> Option<String> {
+        let other = |one: &str, mine: Option<&str>| mine.is_some_and(|mine| !one.is_empty() && one != mine);
+        let Self { instance, .. } = self;
+        if other(&self.host, host) {
+            Some(format!(
+                "the engine's builders are bound to this host and `engine.local.folder`, and {instance} is bound to another"
+            ))
+        } else if other(&self.seal_key, seal_key.map(SealKey::public)) {
+            Some(format!(
+                "secrets are sealed with another key here (`seal`) than {instance} has: none could open what the other sealed; \
+                 all processes of an installation have one"
+            ))
+        } else {
+            None
+        }
+    }
 }
 
 pub(crate) async fn leases(store: &Store) -> Result<Vec<Held>, BusError> {
@@ -348,8 +380,8 @@ pub(crate) async fn leases(store: &Store) -> Result<Vec<Held>, BusError> {
         };
         let says = String::from_utf8_lossy(&last.payload).into_owned();
         let mut words = says.split(' ').skip(1).map(ToOwned::to_owned);
-        let (life, host) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-        leases.push(Held { instance, life, host });
+        let mut word = || words.next().unwrap_or_default();
+        leases.push(Held { instance, life: word(), host: word(), seal_key: word() });
     }
     Ok(leases)
 }

@@ -1,7 +1,6 @@
 //! The journal: every change of a build is one compare-and-set append, and the last event of a build is its state.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_nats::HeaderMap;
@@ -14,10 +13,11 @@ use jiff::Timestamp;
 use kiln_contract::header::{self, cloudevents};
 use kiln_contract::{event, subject};
 use kiln_domain::id::{BuildId, ImageKey, InstanceId};
+use kiln_domain::limits;
 use kiln_domain::record::Record;
 use kiln_domain::transition::{Change, Illegal, apply};
 
-use crate::connection::Bus;
+use crate::connection::{Bus, DISK};
 use crate::error::BusError;
 
 /// One event of a build as it lies in the journal.
@@ -51,16 +51,33 @@ pub enum AppendError {
     Bus(#[from] BusError),
 }
 
-/// How many bytes the journal takes: `u64::MAX` where nothing bounds it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Room {
-    pub left: u64,
-    pub limit: u64,
+/// Bytes that are kept for each active build: twelve full records, so that each can always end.
+const RESERVE: u64 = 12 * limits::RECORD_BYTES;
+
+/// So many builds at once a journal of `limit` bytes has room for, when it holds nothing else.
+pub fn room_for(limit: u64) -> u64 {
+    limit / RESERVE
 }
 
-impl std::fmt::Display for Room {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} has {} of {} bytes left", subject::JOURNAL_STREAM, self.left, self.limit)
+/// How many bytes the journal takes: `u64::MAX` where nothing bounds it.
+struct Room {
+    left: u64,
+    limit: u64,
+}
+
+impl Room {
+    /// Why no further build may begin beside so many active ones, where none may.
+    fn refuses(&self, active: usize) -> Option<String> {
+        let kept = RESERVE.saturating_mul(u64::try_from(active).unwrap_or(u64::MAX).saturating_add(1));
+        (self.left < kept).then(|| {
+            format!(
+                "the journal is full: stream {} has {} of {} bytes left, which are kept for the end of {active} active builds; \
+                 raise `streams.journal_max_bytes`, or wait until its old events go",
+                subject::JOURNAL_STREAM,
+                self.left,
+                self.limit
+            )
+        })
     }
 }
 
@@ -69,8 +86,6 @@ impl std::fmt::Display for Room {
 pub struct Journal {
     bus: Bus,
     stream: Arc<Stream<()>>,
-    /// An append was left unanswered, and none was taken since.
-    silent: Arc<AtomicBool>,
 }
 
 /// The header that names which subjects the expected sequence is of; async-nats has no constant for it.
@@ -87,7 +102,7 @@ const ANSWER: Duration = Duration::from_secs(1);
 impl Journal {
     pub async fn open(bus: &Bus) -> Result<Self, BusError> {
         let stream = bus.call("open the journal", bus.js.get_stream_no_info(subject::JOURNAL_STREAM)).await?;
-        Ok(Self { bus: bus.clone(), stream: Arc::new(stream), silent: Arc::default() })
+        Ok(Self { bus: bus.clone(), stream: Arc::new(stream) })
     }
 
     /// The last event of any build of an image, from the stream's leader.
@@ -108,12 +123,15 @@ impl Journal {
         }
     }
 
-    /// What the journal still takes, by its leader's word.
-    pub async fn room(&self) -> Result<Room, BusError> {
+    /// Why the journal takes no further build beside so many active ones, where it takes none, by its leader's word. The
+    /// process's keeper tells it.
+    pub async fn refuses(&self, active: usize) -> Result<Option<String>, BusError> {
         let info = self.bus.call(READ, self.stream.get_info()).await?;
         let limit = u64::try_from(info.config.max_bytes).ok().filter(|limit| *limit > 0);
         let limit = limit.unwrap_or(u64::MAX);
-        Ok(Room { left: limit.saturating_sub(info.state.bytes), limit })
+        let full = Room { left: limit.saturating_sub(info.state.bytes), limit }.refuses(active);
+        self.bus.trouble(subject::JOURNAL_STREAM, "full", full.clone());
+        Ok(full)
     }
 
     /// Appends a change to an image's history, on top of `tail` (its last event, `None` where it has none).
@@ -176,16 +194,15 @@ impl Journal {
         appended
     }
 
-    /// Says, once, that the stream takes nothing though its server answers: one that met a full disk shows it in no other way
+    /// Tells where the stream takes nothing though its server answers: one that met a full disk shows it in no other way
     /// (nats-server 2.15), neither by an error nor in what it tells of the stream.
     async fn note_silence(&self, appended: &Result<Entry, AppendError>) {
-        if !matches!(appended, Err(AppendError::Bus(BusError::Unavailable { .. }))) {
-            self.silent.store(false, Ordering::Relaxed);
-        } else if self.bus.answers(ANSWER).await && !self.silent.swap(true, Ordering::Relaxed) {
-            tracing::error!(
-                "{} takes nothing, though nats-server answers: the disk under it may be full, or most of its servers are away; \
-                 make room, then restart nats-server",
-                subject::JOURNAL_STREAM
+        let failed = matches!(appended, Err(AppendError::Bus(BusError::Unavailable { .. })));
+        if failed && self.bus.answers(ANSWER).await {
+            self.bus.happened(
+                subject::JOURNAL_STREAM,
+                "takes_nothing",
+                format!("an append was not taken, though nats-server answers: {DISK}; or most of its servers are away"),
             );
         }
     }

@@ -14,13 +14,14 @@ use kiln_contract::subject;
 use prometheus_client::registry::Registry;
 use tokio::time::Instant;
 
-use self::metrics::{Labels, Metrics};
+use self::metrics::Metrics;
 use self::mirror::Mirror;
 use crate::connection::{Bus, DISK};
 use crate::error::BusError;
 use crate::inspect::{differences, of_bucket, share};
 use crate::journal::jittered;
 use crate::layout::{Layout, buckets, streams};
+use crate::trouble::Trouble;
 
 /// How often it looks. A deletion is heard of at once, where the server lets us.
 const LOOK: Duration = Duration::from_secs(5);
@@ -36,7 +37,8 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// What the server tells everybody when a stream, or a bucket's, is deleted.
 const DELETED: &str = "$JS.EVENT.ADVISORY.STREAM.DELETED.*";
 const KEEP: &str = "look after the streams";
-/// A stream that refuses when it is full is called full from here on: what is left is kept for builds that run.
+/// A stream that refuses when it is full is called full from here on. (Of the journal an orchestrator says it earlier, when what
+/// is left is needed for the ends of the builds that it holds.)
 const FULL_PERCENT: u64 = 95;
 
 /// One process's look after the bus. It does the same as that of any other process, at any time, without harm.
@@ -47,7 +49,7 @@ pub struct Keeper {
     missing_since: BTreeMap<String, Instant>,
     mirror: Mirror,
     /// What was wrong when it looked last.
-    troubles: BTreeMap<Labels, String>,
+    troubles: BTreeMap<Trouble, String>,
 }
 
 /// How what is missing is made.
@@ -86,7 +88,7 @@ impl Keeper {
                 }
             };
             // What is missing may have refused to be made, as while the server still deletes it.
-            let missing = self.troubles.keys().any(|labels| labels.what == MISSING);
+            let missing = self.troubles.keys().any(|trouble| trouble.what == MISSING);
             let pause = if missing { LOOK_AT_MISSING } else { LOOK };
             let _ = tokio::time::timeout(jittered(pause), told).await;
         }
@@ -95,12 +97,13 @@ impl Keeper {
     async fn look(&mut self) {
         let mut found = BTreeMap::new();
         let mut note = |part: &str, what: &'static str, why: String| {
-            found.insert(Labels { part: part.to_owned(), what }, why);
+            found.insert(Trouble { part: part.to_owned(), what }, why);
         };
         if !self.bus.answers(ANSWER).await {
             note("bus", "unreachable", "nats-server can't be reached, or does not answer".into());
             // How the streams stand can't be known: as before.
             found.extend(self.troubles.clone());
+            found.extend(self.bus.met.take());
             return self.tell(found);
         }
         let mut journal = None;
@@ -167,16 +170,17 @@ impl Keeper {
         if found.is_empty()
             && let Err(error) = self.bus.probe().await
         {
-            let labels = Labels { part: "bus".to_owned(), what: "takes_nothing" };
-            found.insert(labels, format!("nats-server answers, and takes no write: {error}; {DISK}"));
+            let trouble = Trouble { part: "bus".to_owned(), what: "takes_nothing" };
+            found.insert(trouble, format!("nats-server answers, and takes no write: {error}; {DISK}"));
         }
         if let (Some(journal), Some(mirror)) = (journal, mirror) {
             let lag = mirror::lag(&journal, &mirror);
             self.metrics.mirror_lag.set(i64::try_from(lag).unwrap_or(i64::MAX));
             if let Some((what, why)) = self.mirror.look(&self.bus, &journal, &mirror).await {
-                found.insert(Labels { part: subject::EVENTS_STREAM.to_owned(), what }, why);
+                found.insert(Trouble { part: subject::EVENTS_STREAM.to_owned(), what }, why);
             }
         }
+        found.extend(self.bus.met.take());
         self.tell(found);
     }
 
@@ -203,19 +207,19 @@ impl Keeper {
     }
 
     /// Says what is new and what is over.
-    fn tell(&mut self, found: BTreeMap<Labels, String>) {
-        for (labels, why) in &found {
-            if !self.troubles.contains_key(labels) {
-                let Labels { part, what } = labels;
+    fn tell(&mut self, found: BTreeMap<Trouble, String>) {
+        for (trouble, why) in &found {
+            if !self.troubles.contains_key(trouble) {
+                let Trouble { part, what } = trouble;
                 tracing::error!(bus.part = part, bus.trouble = what, "{part} ({what}): {why}");
-                self.metrics.troubles.get_or_create(labels).inc();
-                self.metrics.trouble.get_or_create(labels).set(1);
+                self.metrics.troubles.get_or_create(trouble).inc();
+                self.metrics.trouble.get_or_create(trouble).set(1);
             }
         }
-        for labels in self.troubles.keys().filter(|labels| !found.contains_key(*labels)) {
-            let Labels { part, what } = labels;
+        for trouble in self.troubles.keys().filter(|trouble| !found.contains_key(*trouble)) {
+            let Trouble { part, what } = trouble;
             tracing::info!(bus.part = part, bus.trouble = what, "{part} ({what}): that is over");
-            self.metrics.trouble.get_or_create(labels).set(0);
+            self.metrics.trouble.get_or_create(trouble).set(0);
         }
         self.troubles = found;
     }
@@ -237,7 +241,10 @@ fn wrong_with(wanted: &stream::Config, info: &Info) -> Vec<(&'static str, String
     let full = share(info.state.bytes, info.config.max_bytes).filter(|share| *share >= FULL_PERCENT);
     if let Some(share) = full.filter(|_| info.config.discard == DiscardPolicy::New) {
         let limit = info.config.max_bytes;
-        wrong.push(("full", format!("{share} % of its {limit} bytes are used: it refuses what is new")));
+        wrong.push((
+            "full",
+            format!("{share} % of its {limit} bytes are used: what is left is kept for what has begun"),
+        ));
     }
     if info.cluster.as_ref().is_some_and(|cluster| cluster.leader.is_none()) {
         wrong.push(("no_leader", "nothing can be written: most of its servers must run".into()));

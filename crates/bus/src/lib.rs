@@ -22,6 +22,7 @@ pub mod seal;
 pub mod secrets;
 pub mod serve;
 pub mod trace;
+mod trouble;
 pub mod view;
 
 pub use connection::{Bus, Connect};

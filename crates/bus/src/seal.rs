@@ -37,6 +37,10 @@ impl SealKey {
         Ok(Self { public: public.to_owned() })
     }
 
+    pub fn public(&self) -> &str {
+        &self.public
+    }
+
     /// Seals with a sender's key of this one message, which stands before it.
     pub fn seal(&self, content: &[u8]) -> Result<Vec<u8>, SealError> {
         let recipient = XKey::from_public_key(&self.public).map_err(|_| SealError::Key("public key"))?;

@@ -74,7 +74,12 @@ impl SecretsBucket {
     pub async fn list_without_secrets(&self, id: &BuildId) -> Result<bool, BusError> {
         const LIST: &str = "list a build whose secrets are lost";
         match self.bus.attend(LIST, self.store.create(id.as_str(), Bytes::from_static(LOST))).await? {
-            Ok(_) => Ok(true),
+            Ok(_) => {
+                let why =
+                    format!("somebody emptied it: the secrets of `{id}` are lost, and maybe of other builds");
+                self.bus.happened(format!("KV_{}", bucket::SECRETS), "emptied", why);
+                Ok(true)
+            }
             Err(error) if error.kind() == CreateErrorKind::AlreadyExists => Ok(false),
             Err(error) => Err(BusError::unavailable(LIST, error)),
         }

@@ -174,6 +174,7 @@ impl View {
         let consumer = stream.create_consumer(OrderedConfig { deliver_policy, ..Default::default() });
         let consumer = bus.call(FOLLOW, consumer).await?;
         let mut messages = bus.call(FOLLOW, consumer.messages()).await?;
+        let mut read_by = None;
         let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK, LOOK);
         loop {
             let message = tokio::select! {
@@ -200,6 +201,14 @@ impl View {
             let stored_at = Timestamp::from_nanosecond(info.published.unix_timestamp_nanos())
                 .map_err(|error| BusError::malformed(FOLLOW, error))?;
             let (sequence, pending) = (info.stream_sequence, info.pending);
+            // The client makes another by itself, and tells nobody.
+            if read_by.replace(info.consumer.to_owned()).is_some_and(|before| before != info.consumer) {
+                bus.happened(
+                    subject::JOURNAL_STREAM,
+                    "consumer_gone",
+                    "the consumer of a view was deleted, or went with its server: another was made, and nothing is missing",
+                );
+            }
             let empty = async_nats::HeaderMap::new();
             let headers = message.headers.as_ref().unwrap_or(&empty);
             match entry(&message.subject, sequence, stored_at, headers, &message.payload) {

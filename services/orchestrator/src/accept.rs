@@ -10,7 +10,6 @@ use kiln_bus::seal::SealError;
 use kiln_contract::error::{Code, Refusal};
 use kiln_contract::secrets::Secrets;
 use kiln_domain::id::{BuildId, ImageKey, InstanceId};
-use kiln_domain::limits;
 use kiln_domain::record::Record;
 use kiln_domain::reference::Digest;
 use kiln_domain::source::Source;
@@ -42,8 +41,6 @@ pub(crate) enum Accepted {
     AlreadyBuilt { target_ref: String, base_ref: String, digest: Digest },
 }
 
-/// Bytes of the journal that are kept for each active build: twelve full records, so that each can always end.
-const RESERVE: u64 = 12 * limits::RECORD_BYTES;
 /// How long a request for an image whose build is being cancelled waits for its end.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(20);
 
@@ -124,18 +121,8 @@ impl Shared {
         timeout_ms: u64,
     ) -> Result<Record, Refusal> {
         let active = self.view.active();
-        let room = self.journal.room().await?;
-        let reserved =
-            RESERVE.saturating_mul(u64::try_from(active.len()).unwrap_or(u64::MAX).saturating_add(1));
-        if room.left < reserved {
-            return Err(Refusal::new(
-                Code::Unavailable,
-                format!(
-                    "the journal is full: stream {room}, which are kept for the end of {} active builds; \
-                     raise `streams.journal_max_bytes`, or wait until its old events go",
-                    active.len()
-                ),
-            ));
+        if let Some(full) = self.journal.refuses(active.len()).await? {
+            return Err(Refusal::new(Code::Unavailable, full));
         }
         let queued = active.iter().filter(|entry| entry.record.waits()).count();
         if queued >= self.config.max_queued {

@@ -103,8 +103,13 @@ impl Claims {
             .partition(|entry| entry.record.has_waited_too_long(now));
         let (never_claimed, expired): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) =
             expired.into_iter().partition(|entry| entry.record.claims == 0);
+        let limit = shared.config.max_running_per_owner;
         for entry in never_claimed {
-            expire(shared, entry, &me).await;
+            let owner = &entry.record.owner;
+            let running = claimed.iter().filter(|entry| entry.record.owner == *owner).count();
+            let complaint = (running >= limit)
+                .then(|| format!("its owner has {running} builds running, and may have {limit}"));
+            expire(shared, entry, complaint.as_deref(), &me).await;
         }
         let (mut queued, to_end_or_adopt): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) =
             free.into_iter().partition(|entry| needs_a_slot(&entry.record));
@@ -116,7 +121,7 @@ impl Claims {
         let slots = shared.config.slots.saturating_sub(self.names.len());
         let waiting: Vec<&Record> = queued.iter().map(|entry| &entry.record).collect();
         let running: Vec<&Record> = claimed.iter().map(|entry| &entry.record).collect();
-        let turns = queue::next(&waiting, &running, slots, shared.config.max_running_per_owner);
+        let turns = queue::next(&waiting, &running, slots, limit);
         let turns: HashSet<&BuildId> = turns.iter().map(|record| &record.id).collect();
         let turns: Vec<_> = queued.iter().filter(|entry| turns.contains(&entry.record.id)).collect();
 
@@ -150,8 +155,8 @@ fn needs_a_slot(record: &Record) -> bool {
 }
 
 /// Ends a build that nobody ever claimed: any orchestrator may.
-async fn expire(shared: &Shared, entry: &Arc<Entry>, me: &InstanceId) {
-    let failure = entry.record.queue_expired(None);
+async fn expire(shared: &Shared, entry: &Arc<Entry>, complaint: Option<&str>, me: &InstanceId) {
+    let failure = entry.record.queue_expired(complaint);
     let change = Change::Failed { by: None, failure, findings: Findings::default() };
     match shared.journal.append(Some(entry), &change, me).await {
         Ok(over) => shared.metrics.ended(&over),

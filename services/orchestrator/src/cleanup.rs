@@ -134,8 +134,8 @@ async fn list_again(shared: &Shared, id: &BuildId) -> Result<(), BusError> {
         shared.metrics.lost_secrets();
         tracing::error!(
             build.id = %id,
-            "the secrets of `{id}` are lost: its entry in KILN_SECRETS was removed; if it has not started yet it fails, \
-             and what its builder says is withheld"
+            "the secrets of `{id}` are lost: its entry in KILN_SECRETS was removed; if it has not started yet it fails; \
+             what its builder says is withheld by whoever has not read them before"
         );
     }
     Ok(())

@@ -31,6 +31,8 @@ pub struct Builds {
     to_clean: BTreeMap<BuildId, Timestamp>,
     /// So many were not looked at.
     left_out: usize,
+    /// Why the journal takes no further build.
+    full: Option<String>,
 }
 
 /// What the journal says of a build.
@@ -64,7 +66,9 @@ impl Builds {
             let entry = journal.last_of_build(&id).await?;
             known.insert(id, entry);
         }
-        Ok(Self { known, to_clean, left_out })
+        let active = known.values().flatten().filter(|entry| !entry.record.state.is_terminal()).count();
+        let full = journal.refuses(active.saturating_add(left_out)).await?;
+        Ok(Self { known, to_clean, left_out, full })
     }
 
     /// How a build stands; `None` for one that was neither found nor asked for.
@@ -83,6 +87,8 @@ impl Builds {
         let active: Vec<&Entry> =
             self.known.values().flatten().filter(|entry| !entry.record.state.is_terminal()).collect();
         let mut findings = Vec::new();
+        let remedy = "raise `streams.journal_max_bytes` for every role and restart one, or lower `orchestrator.max_queued`";
+        findings.extend(self.full.clone().map(|full| Finding::problem(BUILDS, full, remedy)));
         for entry in &active {
             findings.extend(of_active(entry, live, now));
         }
@@ -147,6 +153,13 @@ impl Builds {
 /// Whether the installation's key opens what the bus holds, if there is anything.
 pub async fn seal_key(bus: &Bus, key: &OpenKey) -> Result<Finding, BusError> {
     const PART: &str = "seal key";
+    match bus.check_seal_key(&key.seal_key()).await {
+        Err(BusError::Refused { detail, .. }) => {
+            let remedy = "give every role the same key: `seal.seed` or `seal.seed_file`, of gateways `seal.public_key`";
+            return Ok(Finding::problem(PART, detail, remedy));
+        }
+        checked => checked?,
+    }
     let secrets = SecretsBucket::open(bus).await?;
     for id in secrets.builds().await? {
         // One that is gone by now says nothing.
@@ -234,6 +247,7 @@ mod tests {
             known: BTreeMap::from([(id.clone(), Some(entry))]),
             to_clean: BTreeMap::from([(id.clone(), at)]),
             left_out: 0,
+            full: None,
         };
         let findings = builds.findings(&live, at + jiff::SignedDuration::from_mins(minutes));
         findings.into_iter().map(|found| (found.verdict, found.says.replace(id.as_str(), "ID"))).collect()

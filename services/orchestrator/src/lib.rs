@@ -25,12 +25,13 @@ mod metrics;
 mod one_time;
 mod queue;
 mod resolver;
+mod room;
 mod spec;
 
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use kiln_bus::holders::Holders;
+use kiln_bus::holders::{Holders, Member};
 use kiln_bus::journal::Journal;
 use kiln_bus::seal::OpenKey;
 use kiln_bus::secrets::SecretsBucket;
@@ -63,7 +64,7 @@ pub struct Parts {
     /// The credentials of this installation.
     pub installation: Arc<Installation>,
     pub open_key: OpenKey,
-    /// See [`Holders::start`].
+    /// See [`Member`].
     pub life: String,
     pub lease: Lease,
     /// Without a prefix: some of its metrics have the names that image-builder-mk3 gave them.
@@ -100,8 +101,9 @@ pub async fn run(
     let _guard = ended.clone().drop_guard();
     let view = View::start(&bus, FINISHED_KEPT, &tasks, &ended);
     let host = engine.host().context("learn which host the builders are bound to")?;
-    let holders =
-        Holders::start(&bus, ROLE, &life, host.as_deref(), lease, &tasks).await.context("take a lease")?;
+    let seal_key = open_key.seal_key();
+    let member = Member { role: ROLE, life: &life, host: host.as_deref(), seal_key: Some(&seal_key) };
+    let holders = Holders::start(&bus, member, lease, &tasks).await.context("take a lease")?;
     let shared = Arc::new(Shared {
         journal: Journal::open(&bus).await.context("open the journal")?,
         secrets: SecretsBucket::open(&bus).await.context("open the secrets")?,
@@ -121,7 +123,8 @@ pub async fn run(
         handlers::serve(&server, &shared).await.context("serve")?;
         ready(metrics);
         let cleaning = stop.run_until_cancelled(cleanup::keep(&shared));
-        tokio::join!(claims::keep(&shared, &stop), cleaning);
+        let looking = stop.run_until_cancelled(room::watch(&shared));
+        tokio::join!(claims::keep(&shared, &stop), cleaning, looking);
         server.drain().await;
     }
     shared.holders.release().await;

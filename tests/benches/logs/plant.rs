@@ -5,7 +5,7 @@ use std::io::Write as _;
 
 use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
-use kiln_bus::holders::Holders;
+use kiln_bus::holders::{Holders, Member};
 use kiln_bus::journal::{Entry, Journal};
 use kiln_bus::logs::{LogWriter, Logs, Source};
 use kiln_bus::seal::OpenKey;
@@ -65,7 +65,13 @@ impl Plant {
         let (logs, journal) = (Logs::new(&bus), Journal::open(&bus).await?);
         let by = InstanceId::new("orchestrator", 1)?;
         let tasks = TaskTracker::new();
-        let holders = Holders::start(&bus, "log-relay", "bench", None, Lease::default(), &tasks).await?;
+        let holders = Holders::start(
+            &bus,
+            Member { role: "log-relay", life: "bench", ..Member::default() },
+            Lease::default(),
+            &tasks,
+        )
+        .await?;
         Ok(Self { holders, fleet, logs, bus, journal, seed, by, builds: 0, _registry: registry })
     }
 

@@ -7,12 +7,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-#[derive(Clone, Debug, Hash, PartialEq, Eq, PartialOrd, Ord, EncodeLabelSet)]
-pub(super) struct Labels {
-    /// The stream's name (of a bucket, its stream's), or `bus`.
-    pub(super) part: String,
-    pub(super) what: &'static str,
-}
+use crate::trouble::Trouble;
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct StreamLabels {
@@ -21,8 +16,8 @@ struct StreamLabels {
 
 #[derive(Clone, Default)]
 pub(super) struct Metrics {
-    pub(super) trouble: Family<Labels, Gauge>,
-    pub(super) troubles: Family<Labels, Counter>,
+    pub(super) trouble: Family<Trouble, Gauge>,
+    pub(super) troubles: Family<Trouble, Counter>,
     bytes: Family<StreamLabels, Gauge>,
     limit: Family<StreamLabels, Gauge>,
     pub(super) mirror_lag: Gauge,

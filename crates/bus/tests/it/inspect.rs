@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use async_nats::jetstream::{self, consumer, stream};
 use kiln_bus::Lease;
-use kiln_bus::holders::Holders;
+use kiln_bus::holders::{Holders, Member};
 use kiln_bus::layout::Layout;
 use kiln_bus::serve::Server;
 use kiln_contract::subject;
@@ -98,8 +98,13 @@ async fn a_follower_that_is_away_is_seen_and_who_lives_is_told() -> Result<()> {
     let mut cluster = nats::run_cluster(3).await?;
     let bus = provisioned(&cluster.url(), 3).await?;
     let tasks = TaskTracker::new();
-    let holders =
-        Holders::start(&bus, "orchestrator", "", Some("this-host"), Lease::default(), &tasks).await?;
+    let holders = Holders::start(
+        &bus,
+        Member { role: "orchestrator", host: Some("this-host"), ..Member::default() },
+        Lease::default(),
+        &tasks,
+    )
+    .await?;
     let server = Server::start(&bus, "resolver", &mut Registry::default()).await?;
     let instances = bus.instances().await?;
     ensure!(instances.services == ["resolver"], "{instances:?}");

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use async_nats::jetstream;
-use kiln_bus::holders::Holders;
+use kiln_bus::holders::{Holders, Member};
 use kiln_bus::journal::{AppendError, Journal};
 use kiln_bus::keeper::Keeper;
 use kiln_bus::layout::Layout;
@@ -23,13 +23,13 @@ use crate::parts::{connect, instance, layout, provisioned};
 const SOON: Duration = Duration::from_secs(30);
 
 /// A keeper at work, and what it counts.
-struct AtWork {
+pub(crate) struct AtWork {
     registry: Registry,
     /// Ends with this.
     _task: JoinSet<()>,
 }
 
-fn keeper(bus: &Bus, layout: &Layout) -> AtWork {
+pub(crate) fn keeper(bus: &Bus, layout: &Layout) -> AtWork {
     let mut registry = Registry::with_prefix("kiln_bus");
     let mut task = JoinSet::new();
     task.spawn(Keeper::new(bus, layout, &mut registry).keep());
@@ -44,7 +44,7 @@ impl AtWork {
     }
 
     /// Waits until a line of its metrics is as said.
-    async fn shows(&self, line: &str) -> Result<()> {
+    pub(crate) async fn shows(&self, line: &str) -> Result<()> {
         let mut text = String::new();
         let look = async {
             loop {
@@ -211,6 +211,25 @@ async fn a_full_journal_is_shown_and_names_itself() -> Result<()> {
         .await
 }
 
+/// Long before its last byte is used: what is left may be needed for the ends of the builds that it holds.
+#[tokio::test]
+async fn a_journal_that_takes_no_further_build_is_shown_as_full() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = connect(&server.url()).await?;
+    let small = Layout { journal_max_bytes: 32 << 20, ..layout(1) };
+    bus.provision(&small).await?;
+    let keeper = keeper(&bus, &small);
+    let journal = Journal::open(&bus).await?;
+    let labels = format!("part=\"{}\",what=\"full\"", subject::JOURNAL_STREAM);
+    ensure!(kiln_bus::journal::room_for(32 << 20) == 3);
+    ensure!(journal.refuses(2).await?.is_none());
+    let why = journal.refuses(3).await?.context("a fourth would not have room for its end")?;
+    ensure!(why.contains(subject::JOURNAL_STREAM) && why.contains("streams.journal_max_bytes"), "{why}");
+    keeper.shows(&format!("kiln_bus_trouble{{{labels}}} 1")).await?;
+    ensure!(journal.refuses(1).await?.is_none());
+    keeper.shows(&format!("kiln_bus_trouble{{{labels}}} 0")).await
+}
+
 #[tokio::test]
 async fn a_bus_that_is_away_is_shown_and_over_when_it_is_back() -> Result<()> {
     let mut server = nats::run_server().await?;
@@ -227,9 +246,11 @@ async fn a_bus_that_is_away_is_shown_and_over_when_it_is_back() -> Result<()> {
 async fn a_lease_stands_though_its_bucket_was_purged_or_deleted() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;
-    let _keeper = keeper(&bus, &layout(1));
+    let keeper = keeper(&bus, &layout(1));
     let tasks = TaskTracker::new();
-    let holders = Holders::start(&bus, "orchestrator", "", None, Lease::default(), &tasks).await?;
+    let holders =
+        Holders::start(&bus, Member { role: "orchestrator", ..Member::default() }, Lease::default(), &tasks)
+            .await?;
     let me = holders.me().context("a lease")?;
     let hand = by_hand(&server).await?;
     let stream = format!("KV_{}", bucket::HOLDERS);
@@ -242,11 +263,15 @@ async fn a_lease_stands_though_its_bucket_was_purged_or_deleted() -> Result<()> 
     let delete = async || anyhow::Ok(hand.delete_stream(&stream).await.map(|_| ())?);
     purge().await?;
     written_again(&bus, &holders).await.context("after the purge")?;
+    keeper.shows(&format!("kiln_bus_troubles_total{{part=\"{stream}\",what=\"emptied\"}} 1")).await?;
+    keeper.shows(&format!("kiln_bus_trouble{{part=\"{stream}\",what=\"emptied\"}} 0")).await?;
     delete().await?;
     written_again(&bus, &holders).await.context("after the deletion")?;
     ensure!(holders.me() == Some(me), "it goes on as who it was, with its claims");
     // The watch goes on with the bucket that is there now.
-    let second = Holders::start(&bus, "orchestrator", "", None, Lease::default(), &tasks).await?;
+    let second =
+        Holders::start(&bus, Member { role: "orchestrator", ..Member::default() }, Lease::default(), &tasks)
+            .await?;
     let second = second.me().context("a lease")?;
     let mut changes = holders.changes();
     let seen = changes.wait_for(|live| live.contains(&second));

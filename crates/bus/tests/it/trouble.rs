@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::keeper::keeper;
 use crate::parts::{instance, layout, provisioned};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -53,7 +54,7 @@ async fn every_call(
         ("ask", asked.err().map(|refusal| refusal.code)),
         ("append", appended),
         ("read the journal", journal.last_of_image(&key).await.err().map(code)),
-        ("room", journal.room().await.err().map(code)),
+        ("room", journal.refuses(0).await.err().map(code)),
         ("tail of a log", logs.tail(&id).await.err().map(code)),
         ("keep secrets", secrets.put(&id, "x".into()).await.err().map(code)),
         ("read secrets", secrets.get(&id).await.err().map(code)),
@@ -164,6 +165,7 @@ async fn a_purged_journal_is_seen_and_an_append_to_what_is_gone_says_so() -> Res
 async fn a_view_whose_consumer_was_deleted_makes_another() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;
+    let keeper = keeper(&bus, &layout(1));
     let journal = Journal::open(&bus).await?;
     let view = View::start(&bus, 100, &TaskTracker::new(), &CancellationToken::new());
     let first = queue(&journal, 1).await?;
@@ -177,7 +179,9 @@ async fn a_view_whose_consumer_was_deleted_makes_another() -> Result<()> {
     let second = queue(&journal, 2).await?;
     ensure!(view.reached(second.sequence, Duration::from_secs(60)).await, "it stands still");
     ensure!(view.active().len() == 2);
-    Ok(())
+    let what = format!("part=\"{}\",what=\"consumer_gone\"", subject::JOURNAL_STREAM);
+    keeper.shows(&format!("kiln_bus_troubles_total{{{what}}} 1")).await?;
+    keeper.shows(&format!("kiln_bus_trouble{{{what}}} 0")).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

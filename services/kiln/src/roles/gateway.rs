@@ -1,5 +1,6 @@
 //! `kiln gateway`.
 
+use anyhow::Context as _;
 use kiln_gateway::{Parts, ROLE};
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
@@ -15,8 +16,10 @@ pub(crate) async fn run(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let bus = host.connect(config, ROLE).await?;
+    let seal_key = config.seal_key()?;
+    bus.check_seal_key(&seal_key).await.context("join who lives")?;
     let metrics = Registry::default();
-    let parts = Parts { bus: bus.clone(), seal_key: config.seal_key()?, listener, metrics };
+    let parts = Parts { bus: bus.clone(), seal_key, listener, metrics };
     let ready = |metrics| host.ready(Role::Gateway, &bus, metrics);
     let ran = kiln_gateway::run(config.gateway(), parts, ready, stop).await;
     bus.close().await;

@@ -20,6 +20,14 @@ pub(crate) async fn run(
     let bus = host.connect(config, ROLE).await?;
     let mut metrics = Registry::default();
     let installation = credentials::open(config, metrics.sub_registry_with_prefix(PREFIX)).await?;
+    let section = config.orchestrator.clone().unwrap_or_default();
+    let room = kiln_bus::journal::room_for(config.streams.journal_max_bytes.unsigned_abs());
+    if room < section.max_queued as u64 {
+        tracing::warn!(
+            "`streams.journal_max_bytes` has room for {room} builds that aren't over: `orchestrator.max_queued`, {}, is never reached",
+            section.max_queued
+        );
+    }
     let life = host.life().to_owned();
     let parts = Parts {
         bus: bus.clone(),
@@ -31,8 +39,7 @@ pub(crate) async fn run(
         metrics,
     };
     let ready = |metrics| host.ready(Role::Orchestrator, &bus, metrics);
-    let ran =
-        kiln_orchestrator::run(config.orchestrator.clone().unwrap_or_default(), parts, ready, stop).await;
+    let ran = kiln_orchestrator::run(section, parts, ready, stop).await;
     bus.close().await;
     ran
 }

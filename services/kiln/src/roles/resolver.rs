@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use kiln_registry::OciRegistry;
 use kiln_resolver::{Parts, ROLE};
 use tokio_util::sync::CancellationToken;
@@ -12,6 +13,8 @@ use crate::roles::host::Host;
 
 pub(crate) async fn run(host: &Host, config: &Config, stop: CancellationToken) -> anyhow::Result<()> {
     let bus = host.connect(config, ROLE).await?;
+    let open_key = config.open_key()?;
+    bus.check_seal_key(&open_key.seal_key()).await.context("join who lives")?;
     let mut metrics = host.registry(ROLE);
     let installation = credentials::open(config, &mut metrics).await?;
     let section = config.resolver.clone().unwrap_or_default();
@@ -22,7 +25,7 @@ pub(crate) async fn run(host: &Host, config: &Config, stop: CancellationToken) -
         registry: Arc::new(OciRegistry::new(http)),
         registries,
         installation,
-        open_key: config.open_key()?,
+        open_key,
         metrics,
     };
     let ready = |metrics| host.ready(Role::Resolver, &bus, metrics);

@@ -203,6 +203,20 @@ async fn who_waits_too_long_is_told_though_no_slot_is_free() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn who_waits_too_long_for_its_owners_other_builds_is_told_so() -> Result<()> {
+    let stage = Stage::set().await?;
+    let config = Config { max_running_per_owner: 1, queue_limit_seconds: 1, ..config() };
+    let _orchestrator = stage.orchestrator(config).await?;
+    let running = stage.begin("x", |_| {}).await?;
+    stage.until(&running.id, |entry| entry.record.state == State::Running).await?;
+    let waiting = stage.begin("y", |_| {}).await?;
+    let over = stage.until(&waiting.id, |entry| entry.record.state.is_terminal()).await?.record;
+    ensure!(over.reason == Some(FailureReason::QueueExpired), "{over:?}");
+    ensure!(over.message.contains("its owner has 1 builds running, and may have 1"), "{}", over.message);
+    Ok(())
+}
+
 /// A holder that gives a build up judges it as any other end: an earlier one may have started it.
 #[tokio::test]
 async fn a_build_given_up_was_started_by_an_earlier_holder_all_the_same() -> Result<()> {

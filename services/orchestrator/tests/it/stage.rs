@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt as _;
 use kiln_bus::events;
-use kiln_bus::holders::Holders;
+use kiln_bus::holders::{Holders, Member};
 use kiln_bus::journal::{Entry, Journal};
 use kiln_bus::layout::Layout;
 use kiln_bus::logs::Logs;
@@ -144,7 +144,13 @@ impl Stage {
 
     /// Somebody who takes no part, and sees who lives.
     pub(crate) async fn observer(&self) -> Result<Holders> {
-        Ok(Holders::start(&self.bus, "observer", "", None, Lease::of_seconds(SHORT), &self.tasks).await?)
+        Ok(Holders::start(
+            &self.bus,
+            Member { role: "observer", ..Member::default() },
+            Lease::of_seconds(SHORT),
+            &self.tasks,
+        )
+        .await?)
     }
 
     pub(crate) async fn orchestrator_at(
