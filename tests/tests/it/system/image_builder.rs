@@ -68,7 +68,7 @@ async fn mk3s_own_configuration_file_is_taken_as_it_is() -> Result<()> {
         "server": {"services": {"grpc": {"address": ":0"}}, "debug": {"colour": "red"}}
     });
     std::fs::write(&file, config.to_string())?;
-    let arguments = ["--mk3-config", file.to_str().context("a path")?];
+    let arguments = ["--config", file.to_str().context("a path")?];
     let kiln = Installation::start(&program()?, &arguments).await?;
     let stage = Stage { kiln, workshop: Workshop::new().await? };
     ensure!(stage.kiln.endpoint("registry")? == registry.address(), "no registry of its own");
