@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 
 use figment::Figment;
 use figment::error::{Actual, Kind};
-use figment::providers::{Env, Format, Json, Serialized};
+use figment::providers::{Env, Serialized};
 use figment::value::{Dict, Value};
 use serde::de::DeserializeOwned;
+use serde_json::{Map, Value as Json};
 
 /// What the variables of the environment begin with.
 pub const PREFIX: &str = "KILN_";
@@ -25,6 +26,20 @@ pub enum Error {
     NotAnObject { path: PathBuf },
     #[error("the configuration is wrong: {}", joined(.0))]
     Wrong(Vec<Problem>),
+}
+
+impl Error {
+    /// With other names for keys that the file has by those.
+    pub fn renamed(mut self, name: impl Fn(&str) -> Option<&'static str>) -> Self {
+        if let Self::Wrong(problems) = &mut self {
+            for problem in problems.iter_mut().filter(|problem| !problem.origin.starts_with(PREFIX)) {
+                if let Some(name) = name(&problem.key) {
+                    name.clone_into(&mut problem.key);
+                }
+            }
+        }
+        self
+    }
 }
 
 /// One thing that is wrong with one key.
@@ -86,20 +101,41 @@ pub fn load<T: DeserializeOwned>(
     environment: &Environment,
     check: impl FnOnce(&T) -> Vec<Problem>,
 ) -> Result<T, Error> {
-    load_over(serde_json::Map::new(), file, environment, check)
+    let keys = file.map(read).transpose()?.unwrap_or_default();
+    whole(keys, file, environment, None, check)
 }
 
-/// As [`load`], with values beneath the file's: those of a file that has another form.
-pub fn load_over<T: DeserializeOwned>(
-    beneath: serde_json::Map<String, serde_json::Value>,
-    file: Option<&Path>,
+/// As [`load`], of a file that is another program's and was put into our keys: of those, what `T` doesn't know is given back,
+/// dotted, and refused only where a variable set it.
+pub fn load_translated<T: DeserializeOwned>(
+    keys: Map<String, Json>,
+    file: &Path,
     environment: &Environment,
     check: impl FnOnce(&T) -> Vec<Problem>,
-) -> Result<T, Error> {
-    let mut figment = Figment::from(Serialized::defaults(beneath));
-    if let Some(path) = file {
-        figment = figment.merge(Json::string(&read(path)?));
+) -> Result<(T, Vec<String>), Error> {
+    let mut unknown = Vec::new();
+    let value = whole(keys, Some(file), environment, Some(&mut unknown), check)?;
+    Ok((value, unknown))
+}
+
+/// The keys of a file: of a JSON object.
+pub fn read(path: &Path) -> Result<Map<String, Json>, Error> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| Error::Unreadable { path: path.to_owned(), source })?;
+    match serde_json::from_str(&text).map_err(|source| Error::NotJson { path: path.to_owned(), source })? {
+        Json::Object(keys) => Ok(keys),
+        _ => Err(Error::NotAnObject { path: path.to_owned() }),
     }
+}
+
+fn whole<T: DeserializeOwned>(
+    keys: Map<String, Json>,
+    file: Option<&Path>,
+    environment: &Environment,
+    unknown: Option<&mut Vec<String>>,
+    check: impl FnOnce(&T) -> Vec<Problem>,
+) -> Result<T, Error> {
+    let mut figment = Figment::from(Serialized::defaults(keys));
     for (key, text) in &environment.0 {
         // Figment's own reading of a variable: numbers, booleans, lists; it takes any text.
         let value: Value = text.parse().unwrap_or_else(|never: std::convert::Infallible| match never {});
@@ -110,7 +146,7 @@ pub fn load_over<T: DeserializeOwned>(
         .extract::<Dict>()
         .map(Value::from)
         .map_err(|error| Error::Wrong(error.into_iter().map(|e| problem_of(&e, &origin)).collect()))?;
-    let config = deserialize(value, environment, &origin)?;
+    let config = deserialize(value, environment, &origin, unknown)?;
     let problems: Vec<Problem> = check(&config)
         .into_iter()
         .map(|problem| Problem { origin: origin(&problem.key), ..problem })
@@ -118,19 +154,13 @@ pub fn load_over<T: DeserializeOwned>(
     if problems.is_empty() { Ok(config) } else { Err(Error::Wrong(problems)) }
 }
 
-fn read(path: &Path) -> Result<String, Error> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| Error::Unreadable { path: path.to_owned(), source })?;
-    let json: serde_json::Value =
-        serde_json::from_str(&text).map_err(|source| Error::NotJson { path: path.to_owned(), source })?;
-    if json.is_object() { Ok(text) } else { Err(Error::NotAnObject { path: path.to_owned() }) }
-}
-
-/// serde stops at the first problem: each is noted, its key taken out, and the rest read again.
+/// serde stops at the first problem: each is noted, its key taken out, and the rest read again. With `unknown`, keys that
+/// nobody knows are no problems.
 fn deserialize<T: DeserializeOwned>(
     mut value: Value,
     environment: &Environment,
     origin: &dyn Fn(&str) -> String,
+    mut unknown: Option<&mut Vec<String>>,
 ) -> Result<T, Error> {
     let mut problems = Vec::new();
     let mut as_text = BTreeSet::new();
@@ -141,6 +171,14 @@ fn deserialize<T: DeserializeOwned>(
             Ok(_) => return Err(Error::Wrong(problems)),
             Err(error) => error,
         };
+        if let (Kind::UnknownField(..), Some(unknown)) = (&error.kind, &mut unknown)
+            && set_by(&error.path.join("."), environment).is_none()
+            && let Some(found) = value.clone().find(&error.path.join("."))
+            && replace(&mut value, &error.path, None)
+        {
+            leaves(&found, error.path.join("."), unknown);
+            continue;
+        }
         let problem = problem_of(&error, origin);
         // A variable's text may look like a number and yet be a password.
         if let (Kind::InvalidType(..), Some(text)) = (&error.kind, environment.0.get(&problem.key))
@@ -228,11 +266,25 @@ fn type_of(actual: &Actual) -> &'static str {
     }
 }
 
-fn origin_of(key: &str, file: Option<&Path>, environment: &Environment) -> String {
-    let set_by = environment.0.keys().find(|set| {
+/// The dotted keys of all that a value holds. Values aren't shown: they may be secrets.
+fn leaves(value: &Value, at: String, found: &mut Vec<String>) {
+    match value {
+        Value::Dict(_, dict) => {
+            dict.iter().for_each(|(name, value)| leaves(value, format!("{at}.{name}"), found));
+        }
+        _ => found.push(at),
+    }
+}
+
+/// The environment's key that set this one, or what it is within.
+fn set_by<'a>(key: &str, environment: &'a Environment) -> Option<&'a String> {
+    environment.0.keys().find(|set| {
         key == set.as_str() || key.strip_prefix(set.as_str()).is_some_and(|rest| rest.starts_with('.'))
-    });
-    match (set_by, file) {
+    })
+}
+
+fn origin_of(key: &str, file: Option<&Path>, environment: &Environment) -> String {
+    match (set_by(key, environment), file) {
         (Some(set), _) => format!("{PREFIX}{}", set.replace('.', "__").to_uppercase()),
         (None, Some(path)) => path.display().to_string(),
         (None, None) => String::new(),
@@ -302,15 +354,25 @@ mod tests {
     }
 
     #[test]
-    fn the_file_lies_over_what_is_beneath_key_by_key() {
-        let file = tempfile::NamedTempFile::new().expect("a file");
-        std::fs::write(file.path(), r#"{"slots": 3, "part": {"count": 2}}"#).expect("written");
-        let beneath = serde_json::json!({"slots": 9, "hosts": ["a"], "part": {"name": "x", "count": 1}});
-        let serde_json::Value::Object(beneath) = beneath else { panic!("an object") };
-        let config: Whole =
-            load_over(beneath, Some(file.path()), &Environment::default(), |_| vec![]).expect("right");
+    fn what_is_unknown_in_another_programs_file_is_named_by_its_leaves_and_not_refused() {
+        let keys = |json: serde_json::Value| match json {
+            Json::Object(keys) => keys,
+            other => panic!("{other}"),
+        };
+        let file = serde_json::json!({
+            "slots": 3, "part": {"name": "x", "count": 2, "colour": {"of": "red", "at": []}}, "other": {}, "more": 1
+        });
+        let load = |environment: &[(&str, &str)]| {
+            let environment = Environment::of_pairs(environment.iter().copied());
+            load_translated::<Whole>(keys(file.clone()), Path::new("FILE"), &environment, |_| vec![])
+        };
+        let (config, mut unknown) = load(&[]).expect("right");
         assert_eq!((config.slots, config.part.count, config.part.name.as_str()), (3, 2, "x"));
-        assert_eq!(config.hosts, ["a"]);
+        unknown.sort();
+        assert_eq!(unknown, ["more", "part.colour.at", "part.colour.of"]);
+        let error = load(&[("part.shape", "round")]).expect_err("wrong").to_string();
+        assert!(error.contains("`part.shape` (KILN_PART__SHAPE): unknown key"), "{error}");
+        assert!(!error.contains("colour"), "{error}");
     }
 
     #[test]

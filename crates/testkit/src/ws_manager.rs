@@ -16,9 +16,10 @@ use kiln_proto::wsman::{WorkspaceConditionBool, WorkspacePhase, WorkspaceStatus}
 use tokio::net::TcpListener;
 use tokio::sync::{broadcast, watch};
 use tokio::time::Instant;
-use tokio_stream::wrappers::{BroadcastStream, TcpListenerStream};
+use tokio_stream::wrappers::BroadcastStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
 use crate::supervisor::Supervisors;
@@ -140,7 +141,9 @@ impl WsManager {
         let server = tonic::transport::Server::builder()
             .add_service(WorkspaceManagerServer::from_arc(Arc::new(Service(shared.clone()))));
         let stopped = stop.clone().cancelled_owned();
-        tasks.spawn(server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopped));
+        // As Go's server has it: a STOPPED right after STOPPING does not wait for the client's acknowledgement.
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        tasks.spawn(server.serve_with_incoming_shutdown(incoming, stopped));
         Ok(Self { address, supervisors, shared, tasks, stop })
     }
 

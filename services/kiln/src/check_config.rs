@@ -1,4 +1,4 @@
-//! `kiln check-config FILE`: what is wrong with a configuration file, by key.
+//! `kiln check-config FILE`: what is wrong with a configuration file, by key; of an image-builder-mk3's also what is ignored.
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use kiln_chassis::config::Error;
 
-use crate::config::{Config, Role};
+use crate::config::{Loaded, Role};
 
 /// `kiln check-config`
 #[derive(Debug, clap::Args)]
@@ -18,17 +18,21 @@ pub(crate) struct Options {
     roles: Vec<Role>,
 }
 
-/// Prints every problem, a line each. Status 0 where there is none, 2 else.
+/// Prints every problem, a line each. Status 0 where there is none, 2 else. A key of mk3's that has no meaning here is none.
 pub(crate) fn run(options: &Options) -> ExitCode {
-    let lines = match Config::load(Some(&options.file), &options.roles) {
-        Ok(_) => Vec::new(),
-        Err(Error::Wrong(problems)) => problems.iter().map(ToString::to_string).collect(),
-        Err(other) => vec![format!("{:#}", anyhow::Error::from(other))],
+    let (lines, status) = match Loaded::checked(Some(&options.file), &options.roles) {
+        Ok(loaded) => (loaded.ignored, ExitCode::SUCCESS),
+        Err(error) => match error.downcast_ref::<Error>() {
+            Some(Error::Wrong(problems)) => {
+                (problems.iter().map(ToString::to_string).collect(), ExitCode::from(2))
+            }
+            _ => (vec![format!("{error:#}")], ExitCode::from(2)),
+        },
     };
     let mut out = std::io::stdout().lock();
     for line in &lines {
         // Who stopped reading has seen what they wanted.
         let _unread = writeln!(out, "{line}");
     }
-    if lines.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(2) }
+    status
 }

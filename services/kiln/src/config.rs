@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use kiln_bus::layout::Layout;
 use kiln_bus::seal::{OpenKey, SealKey};
 use kiln_bus::{Connect, Lease};
-use kiln_chassis::config::{Environment, Error, Problem, load, load_over};
+use kiln_chassis::config::{self, Environment, Problem};
 use kiln_chassis::telemetry;
 use kiln_domain::reference::ImageReference;
 use kiln_domain::registries::Registries;
@@ -20,14 +20,13 @@ use serde::Deserialize;
 use crate::mk3_config;
 
 /// Variables that begin as configuration does and mean something else.
-const RESERVED: [&str; 10] = [
+const RESERVED: [&str; 9] = [
     telemetry::FILTER_VARIABLE,
     telemetry::FORMAT_VARIABLE,
     "KILN_ADDR",
     "KILN_CONFIG",
     "KILN_GIT_PASSWORD",
     "KILN_GIT_USERNAME",
-    "KILN_MK3_CONFIG",
     "KILN_NATS_SERVER",
     "KILN_NATS_URL",
     "KILN_REGISTRY",
@@ -70,6 +69,57 @@ pub(crate) struct Config {
     pub(crate) orchestrator: Option<kiln_orchestrator::Config>,
     pub(crate) log_relay: Option<kiln_log_relay::Config>,
     pub(crate) cache_warmer: Option<kiln_cache_warmer::Config>,
+}
+
+/// A configuration, and what its file was.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) config: Config,
+    /// Whether the file is that of an image-builder-mk3.
+    pub(crate) is_mk3s: bool,
+    /// Where that one listened.
+    pub(crate) mk3_grpc: Option<SocketAddr>,
+    /// A line for each of its keys that has no meaning here.
+    pub(crate) ignored: Vec<String>,
+}
+
+impl Loaded {
+    /// Reads the file, ours or mk3's, and `KILN_…` over it, and checks no more than keys and types.
+    pub(crate) fn read(file: Option<&Path>) -> anyhow::Result<Self> {
+        Self::of(file, |_| Vec::new())
+    }
+
+    /// The same, and checks what is common, the sections that are there, and those of `roles` in any case.
+    pub(crate) fn checked(file: Option<&Path>, roles: &[Role]) -> anyhow::Result<Self> {
+        Self::of(file, |config| config.problems(roles))
+    }
+
+    fn of(file: Option<&Path>, check: impl FnOnce(&Config) -> Vec<Problem>) -> anyhow::Result<Self> {
+        let environment = Environment::of_process(&RESERVED);
+        let mk3s = match file {
+            Some(path) => Some((path, config::read(path)?)).filter(|(_, keys)| mk3_config::is_mk3s(keys)),
+            None => None,
+        };
+        let Some((path, keys)) = mk3s else {
+            let config = config::load(file, &environment, check)?;
+            return Ok(Self { config, is_mk3s: false, mk3_grpc: None, ignored: Vec::new() });
+        };
+        let of_file = || format!("the configuration file {}", path.display());
+        let mut mk3 = mk3_config::translate(keys).with_context(of_file)?;
+        let loaded = config::load_translated(std::mem::take(&mut mk3.keys), path, &environment, check);
+        let (config, unknown) = loaded.map_err(|error| error.renamed(|key| mk3.name_of(key)))?;
+        let unknown = unknown.iter().map(|key| format!("`{key}` is not known here and has no effect"));
+        let ignored = mk3.ignored.into_iter().chain(unknown).collect();
+        Ok(Self { config, is_mk3s: true, mk3_grpc: mk3.grpc, ignored })
+    }
+
+    /// The configuration; what of the file has no meaning here is logged.
+    pub(crate) fn noted(self) -> Config {
+        for line in &self.ignored {
+            tracing::warn!("the configuration file is an image-builder-mk3's: {line}");
+        }
+        self.config
+    }
 }
 
 /// Where the bus is, and who we are to it.
@@ -205,31 +255,6 @@ impl Default for LocalEngine {
 }
 
 impl Config {
-    /// Reads the file, and `KILN_…` over it, and checks no more than keys and types.
-    pub(crate) fn read(file: Option<&Path>) -> Result<Self, Error> {
-        load(file, &Environment::of_process(&RESERVED), |_| Vec::new())
-    }
-
-    /// As [`Config::read`], with what a file of image-builder-mk3 says beneath.
-    pub(crate) fn read_over(mk3: mk3_config::Layer, file: Option<&Path>) -> Result<Self, Error> {
-        load_over(mk3.keys, file, &Environment::of_process(&RESERVED), |_| Vec::new())
-    }
-
-    /// As [`Config::load`], with what a file of image-builder-mk3 says beneath.
-    pub(crate) fn load_over(
-        mk3: mk3_config::Layer,
-        file: Option<&Path>,
-        roles: &[Role],
-    ) -> Result<Self, Error> {
-        load_over(mk3.keys, file, &Environment::of_process(&RESERVED), |config: &Self| config.problems(roles))
-    }
-
-    /// Reads the file, and `KILN_…` over it. Checked are what is common, the sections that are there, and those of
-    /// `roles` in any case.
-    pub(crate) fn load(file: Option<&Path>, roles: &[Role]) -> Result<Self, Error> {
-        load(file, &Environment::of_process(&RESERVED), |config: &Self| config.problems(roles))
-    }
-
     /// What is wrong, each by its key.
     pub(crate) fn problems(&self, roles: &[Role]) -> Vec<Problem> {
         let mut problems = self.common_problems();

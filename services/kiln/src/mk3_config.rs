@@ -1,20 +1,20 @@
-//! The configuration file of Gitpod's image-builder-mk3, taken as it is: what it says in Kiln's own keys, which lie beneath
-//! those of Kiln's own file. What has no meaning here is named, and refused never: the file is another program's.
+//! The configuration file of Gitpod's image-builder-mk3, taken as it is: what it says in Kiln's own keys. Kiln's own may stand
+//! in the same file, and go before what was mk3's. What has no meaning here is named, and refused never: the file is
+//! another program's.
 
 use std::net::{AddrParseError, SocketAddr};
-use std::path::Path;
 
 use anyhow::Context as _;
-use kiln_chassis::config::Error;
-use kiln_domain::reference::ImageReference;
 use serde_json::{Map, Value};
 
 /// What such a file says.
 #[derive(Debug, Default, PartialEq)]
-pub(crate) struct Layer {
+pub(crate) struct Translated {
     pub(crate) keys: Map<String, Value>,
-    /// Where its images lie.
-    pub(crate) registry: Option<String>,
+    /// A line for each of mk3's keys that means nothing here.
+    pub(crate) ignored: Vec<String>,
+    /// What the file says in our keys itself.
+    own: Value,
     /// Where it listened.
     pub(crate) grpc: Option<SocketAddr>,
 }
@@ -51,69 +51,72 @@ const WITHOUT_MEANING: [(&str, &str); 3] = [
     ("orchestrator.subassemblyBucketPrefix", "no subassemblies are made, as mk3 made none"),
 ];
 
-/// Reads a file, and logs what of it means nothing here. Without a file it is empty.
-pub(crate) fn read(path: Option<&Path>) -> anyhow::Result<Layer> {
-    let Some(path) = path else { return Ok(Layer::default()) };
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| Error::Unreadable { path: path.to_owned(), source })?;
-    let file: Value =
-        serde_json::from_str(&text).map_err(|source| Error::NotJson { path: path.to_owned(), source })?;
-    if !file.is_object() {
-        return Err(Error::NotAnObject { path: path.to_owned() }.into());
-    }
-    let (layer, ignored) =
-        translate(file).with_context(|| format!("the configuration file {}", path.display()))?;
-    for line in ignored {
-        tracing::warn!("{}: {line}", path.display());
-    }
-    Ok(layer)
+/// Whether a file is mk3's: no key of it is one of ours, so one is enough.
+pub(crate) fn is_mk3s(keys: &Map<String, Value>) -> bool {
+    let has = |key: &str| {
+        let (first, rest) = key.split_once('.').unwrap_or((key, ""));
+        keys.get(first).is_some_and(|value| value.pointer(&pointer(rest)).is_some())
+    };
+    let theirs = KEYS.iter().map(|(theirs, _)| *theirs);
+    ["server", "refCache"].iter().any(|section| keys.contains_key(*section))
+        || theirs.chain(WITHOUT_MEANING.map(|(theirs, _)| theirs)).chain([ECR]).any(has)
+        // A section that has lost its address is to be told of that.
+        || keys.get("orchestrator").is_some_and(|orchestrator| orchestrator.get("wsman").is_some())
 }
 
-/// What it says, and a line for each of its keys that says nothing.
-fn translate(mut file: Value) -> anyhow::Result<(Layer, Vec<String>)> {
-    let mut layer = Layer::default();
+/// What it says. The error names what of it can't be used.
+pub(crate) fn translate(file: Map<String, Value>) -> anyhow::Result<Translated> {
+    let mut file = Value::Object(file);
+    let (mut keys, mut ignored) = (Map::new(), Vec::new());
     for (theirs, ours) in KEYS {
         if let Some(value) = take(&mut file, theirs) {
-            put(&mut layer.keys, ours, value);
+            put(&mut keys, ours, value);
         }
     }
     if take(&mut file, ECR).is_some() {
-        put(&mut layer.keys, "credentials.ecr", Value::Object(Map::new()));
+        put(&mut keys, "credentials.ecr", Value::Object(Map::new()));
     }
-    let mut ignored = Vec::new();
     // Without a ws-manager builders are this host's, and need no image.
     let has_ws_manager =
-        layer.keys.get("engine").and_then(|engine| engine.pointer("/ws_manager/address")).is_some();
-    if !has_ws_manager && layer.keys.remove("engine").is_some() {
+        keys.get("engine").and_then(|engine| engine.pointer("/ws_manager/address")).is_some();
+    if !has_ws_manager && keys.remove("engine").is_some() {
         ignored.push(
-            "`orchestrator.builderImage` and `pullSecret` have no meaning without `orchestrator.wsman`"
+            "`orchestrator.builderImage` and `pullSecret` have no meaning without `orchestrator.wsman.address`"
                 .into(),
         );
     }
     if has_ws_manager {
         // A workspace takes nothing of this process's host: mk3 had no bound at all.
-        put(&mut layer.keys, "orchestrator.slots", Value::from(WORKSPACES));
+        put(&mut keys, "orchestrator.slots", Value::from(WORKSPACES));
     }
+    let mut grpc = None;
     if let Some(address) = take(&mut file, ADDRESS) {
         let address = address.as_str().with_context(|| format!("`{ADDRESS}`: expected a string"))?;
         let address = socket_address(address).with_context(|| format!("`{ADDRESS}`: `{address}` is none"))?;
-        put(&mut layer.keys, "listen.grpc", Value::from(address.to_string()));
-        layer.grpc = Some(address);
+        put(&mut keys, "listen.grpc", Value::from(address.to_string()));
+        grpc = Some(address);
     }
-    layer.registry = ["base_image_repository", "workspace_image_repository"]
-        .iter()
-        .filter_map(|key| layer.keys.get("orchestrator")?.get(key)?.as_str()?.parse::<ImageReference>().ok())
-        .map(|reference| reference.registry().to_owned())
-        .next();
     for (key, why) in WITHOUT_MEANING {
         if take(&mut file, key).is_some() {
             ignored.push(format!("`{key}` has no meaning here: {why}"));
         }
     }
-    let mut left = Vec::new();
-    leaves(&file, String::new(), &mut left);
-    ignored.extend(left.into_iter().map(|key| format!("`{key}` is not known here and has no effect")));
-    Ok((layer, ignored))
+    let mut keys = Value::Object(keys);
+    lay_over(&mut keys, file.clone());
+    let Value::Object(keys) = keys else { return Ok(Translated::default()) };
+    Ok(Translated { keys, ignored, own: file, grpc })
+}
+
+impl Translated {
+    /// mk3's name of a key of ours, unless the file has it by ours.
+    pub(crate) fn name_of(&self, ours: &str) -> Option<&'static str> {
+        let is_own = self.own.pointer(&pointer(ours)).is_some();
+        KEYS.iter().find(|(_, name)| *name == ours && !is_own).map(|(theirs, _)| *theirs)
+    }
+}
+
+fn pointer(key: &str) -> String {
+    format!("/{}", key.replace('.', "/"))
 }
 
 /// As Go listens: `:8080` on every address, `localhost` by its number.
@@ -125,12 +128,21 @@ fn socket_address(address: &str) -> Result<SocketAddr, AddrParseError> {
     }
 }
 
-/// Takes a key's value out. One that is null or an empty text, as Go writes what was never set, is none.
+/// Takes a key's value out, and the objects around it that are empty then. One that is null or an empty text, as Go writes
+/// what was never set, is none.
 fn take(file: &mut Value, key: &str) -> Option<Value> {
-    let (parents, last) = key.rsplit_once('.').unwrap_or(("", key));
-    let parent =
-        parents.split('.').filter(|name| !name.is_empty()).try_fold(file, |at, name| at.get_mut(name))?;
-    let value = parent.as_object_mut()?.remove(last)?;
+    let object = file.as_object_mut()?;
+    let value = match key.split_once('.') {
+        None => object.remove(key)?,
+        Some((first, rest)) => {
+            let inner = object.get_mut(first)?;
+            let value = take(inner, rest);
+            if inner.as_object().is_some_and(Map::is_empty) {
+                object.remove(first);
+            }
+            value?
+        }
+    };
     let is_unset = value.is_null() || value == "" || value == false;
     (!is_unset).then_some(value)
 }
@@ -149,15 +161,15 @@ fn put(keys: &mut Map<String, Value>, key: &str, value: Value) {
     }
 }
 
-/// The dotted keys of all that is left. Values aren't shown: they may be secrets.
-fn leaves(value: &Value, at: String, left: &mut Vec<String>) {
-    match value {
-        Value::Object(object) => {
-            for (name, value) in object {
-                leaves(value, if at.is_empty() { name.clone() } else { format!("{at}.{name}") }, left);
+/// Lays `upper` over `lower`, key by key.
+fn lay_over(lower: &mut Value, upper: Value) {
+    match (lower, upper) {
+        (Value::Object(lower), Value::Object(upper)) => {
+            for (name, value) in upper {
+                lay_over(lower.entry(name).or_insert(Value::Null), value);
             }
         }
-        _ => left.push(at),
+        (lower, upper) => *lower = upper,
     }
 }
 
@@ -195,9 +207,15 @@ mod tests {
         })
     }
 
+    fn translated(file: Value) -> Translated {
+        let Value::Object(keys) = file else { panic!("{file}") };
+        assert!(is_mk3s(&keys));
+        translate(keys).unwrap()
+    }
+
     #[test]
     fn a_whole_file_in_our_keys() {
-        let (layer, ignored) = translate(file()).unwrap();
+        let translated = translated(file());
         let expected = json!({
             "orchestrator": {
                 "base_image_repository": "eu.gcr.io/gitpod/base-images",
@@ -219,39 +237,67 @@ mod tests {
                 "tls": {"certificate": "/certs/tls.crt", "key": "/certs/tls.key", "client_ca": "/certs/ca.crt"}
             }
         });
-        assert_eq!(Value::Object(layer.keys), expected);
-        assert_eq!(layer.registry.as_deref(), Some("eu.gcr.io"));
-        // What was never set is not spoken of.
-        assert!(
-            !ignored.iter().any(|line| line.contains("ubassembly") || line.contains("ECR")),
-            "{ignored:?}"
-        );
-        assert!(ignored.iter().any(|line| line.contains("`refCache.interval`")), "{ignored:?}");
-        assert!(!format!("{ignored:?}").contains("6h0m0s"), "a value is shown");
+        assert_eq!(translated.grpc, Some("[::]:8080".parse().unwrap()));
+        assert_eq!(translated.name_of("engine.ws_manager.builder_image"), Some("orchestrator.builderImage"));
+        assert_eq!(translated.name_of("gateway.tls.key"), Some("server.services.grpc.tls.keyPath"));
+        assert_eq!(translated.name_of("nats.url"), None);
+        // What was never set is not spoken of; a value is not shown.
+        assert_eq!(translated.ignored.len(), 1, "{:?}", translated.ignored);
+        let [interval] = &translated.ignored[..] else { panic!("{:?}", translated.ignored) };
+        assert!(interval.starts_with("`refCache.interval` ") && !interval.contains("6h0m0s"), "{interval}");
+        assert_eq!(Value::Object(translated.keys), expected);
     }
 
     #[test]
     fn tokens_of_amazons_registries_are_fetched_where_the_file_says_so() {
         let mut file = file();
         file["orchestrator"]["enableAdditionalECRAuth"] = json!(true);
-        let (layer, ignored) = translate(file).unwrap();
-        assert_eq!(layer.keys["credentials"]["ecr"], json!({}));
-        assert!(!ignored.iter().any(|line| line.contains("ECR")), "{ignored:?}");
+        assert_eq!(translated(file).keys["credentials"]["ecr"], json!({}));
     }
 
     #[test]
-    fn what_is_unknown_is_named_and_not_refused() {
-        let (layer, ignored) =
-            translate(json!({"colour": {"of": "red"}, "server": {"debug": {"port": 1}}})).unwrap();
-        assert_eq!(layer, Layer::default());
+    fn our_own_keys_in_the_file_go_before_its_own_and_what_is_unknown_stays() {
+        let mut file = file();
+        file["orchestrator"]["slots"] = json!(3);
+        file["orchestrator"]["futureKey"] = json!(1);
+        file["nats"] = json!({"url": "nats://nats:4222"});
+        file["listen"] = json!({"health": "0.0.0.0:9501"});
+        let keys = translated(file).keys;
         assert_eq!(
-            ignored,
-            [
-                "`colour.of` is not known here and has no effect",
-                "`server.debug.port` is not known here and has no effect"
-            ]
+            (&keys["orchestrator"]["slots"], &keys["orchestrator"]["futureKey"]),
+            (&json!(3), &json!(1))
         );
-        assert!(translate(json!({"server": {"services": {"grpc": {"address": 1}}}})).is_err());
+        assert_eq!(keys["listen"], json!({"grpc": "[::]:8080", "health": "0.0.0.0:9501"}));
+        assert_eq!(keys["nats"]["url"], "nats://nats:4222");
+        assert!(!keys.contains_key("server") && !keys.contains_key("refCache"), "{keys:?}");
+    }
+
+    #[test]
+    fn a_file_is_known_by_any_key_of_mk3s() {
+        let is = |file: Value| is_mk3s(file.as_object().unwrap());
+        for file in [
+            json!({"server": {}}),
+            json!({"refCache": {"refs": []}}),
+            json!({"orchestrator": {"wsman": {}}}),
+            json!({"orchestrator": {"baseImageRepository": "x"}, "nats": {}}),
+            json!({"orchestrator": {"enableAdditionalECRAuth": false}}),
+        ] {
+            assert!(is(file.clone()), "{file}");
+        }
+        for file in
+            [json!({}), json!({"orchestrator": {"base_image_repository": "x"}, "nats": {}}), json!({"x": 1})]
+        {
+            assert!(!is(file.clone()), "{file}");
+        }
+    }
+
+    #[test]
+    fn an_address_that_is_none_is_named() {
+        for address in [json!(1), json!("nowhere")] {
+            let file = json!({"server": {"services": {"grpc": {"address": address}}}});
+            let error = translate(file.as_object().unwrap().clone()).unwrap_err();
+            assert!(error.to_string().starts_with("`server.services.grpc.address`: "), "{error}");
+        }
     }
 
     #[test]

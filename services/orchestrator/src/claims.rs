@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::{StreamExt as _, stream};
 use kiln_bus::journal::{AppendError, Entry};
 use kiln_domain::id::{BuildId, InstanceId};
 use kiln_domain::rank::rank;
@@ -21,6 +22,8 @@ use crate::{Shared, holder, queue};
 const RANK_STEP: Duration = Duration::from_millis(20);
 /// Everything is looked at again this often, whatever was told.
 const SWEEP: Duration = Duration::from_secs(1);
+/// So many claims are appended at once; the bus has others to serve.
+const CLAIMS_AT_ONCE: usize = 16;
 
 /// Claims builds and holds them until `stop`; then lets go of each.
 pub(crate) async fn keep(shared: &Arc<Shared>, stop: &CancellationToken) {
@@ -128,13 +131,22 @@ impl Claims {
         let live = shared.holders.live();
         let now = Instant::now();
         let mut wake = SWEEP;
+        let mut due = Vec::new();
         for entry in expired.iter().chain(&to_end_or_adopt).chain(turns) {
             let id = &entry.record.id;
             let steps = u32::try_from(rank(id.as_str(), &me, &live)).unwrap_or(u32::MAX);
             let at = *self.free_since.entry(id.clone()).or_insert(now) + RANK_STEP.saturating_mul(steps);
             if at > now {
                 wake = wake.min(at - now);
-            } else if let Some(claimed) = claim(shared, entry, &me).await {
+            } else {
+                due.push(Arc::clone(entry));
+            }
+        }
+        // Side by side: the last of many would else wait for the appends of all before it.
+        let claiming = due.into_iter().map(|entry| claim(shared, entry, &me));
+        let mut claiming = stream::iter(claiming).buffer_unordered(CLAIMS_AT_ONCE);
+        while let Some(claimed) = claiming.next().await {
+            if let Some(claimed) = claimed {
                 self.hold(shared, claimed, stop);
             }
         }
@@ -168,7 +180,7 @@ async fn expire(shared: &Shared, entry: &Arc<Entry>, complaint: Option<&str>, me
     }
 }
 
-async fn claim(shared: &Shared, entry: &Arc<Entry>, me: &InstanceId) -> Option<Entry> {
+async fn claim(shared: &Shared, entry: Arc<Entry>, me: &InstanceId) -> Option<Entry> {
     let id = &entry.record.id;
     if let Some(last) = &entry.record.claimed_by {
         match shared.holders.confirm_dead(last).await {
@@ -182,7 +194,7 @@ async fn claim(shared: &Shared, entry: &Arc<Entry>, me: &InstanceId) -> Option<E
             }
         }
     }
-    match shared.journal.append(Some(entry), &Change::Claimed { by: me.clone() }, me).await {
+    match shared.journal.append(Some(&entry), &Change::Claimed { by: me.clone() }, me).await {
         Ok(claimed) => Some(claimed),
         Err(AppendError::Lost | AppendError::Gone) => None,
         Err(error) => {

@@ -54,7 +54,11 @@ impl Logins {
                 let from = from.registry();
                 add(&mut logins.pull, from, installation.credential(from).await?);
             }
-            Work::Copy { .. } => {}
+            // Its name is known, also where the installation knows its registry by no list, as Amazon's.
+            Work::Copy { from, .. } => {
+                let from = from.registry();
+                add(&mut logins.pull, from, permitted.credential(from).await?);
+            }
         }
         Ok(logins)
     }
@@ -74,6 +78,8 @@ fn add(logins: &mut BTreeMap<String, SecretString>, registry: &str, credential: 
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use kiln_credentials::Config;
     use kiln_domain::source::DockerfileSource;
     use secrecy::ExposeSecret as _;
@@ -145,6 +151,32 @@ mod tests {
         ] {
             let logins = Logins::of(auth.clone(), &installation, spec, from_own).await.unwrap();
             assert_eq!(told(&logins), [pull, push], "{:?} {from_own}", spec.work);
+        }
+    }
+
+    /// A credential store, as Amazon's registries, has a credential for whom it is asked of, and no list.
+    #[tokio::test]
+    async fn the_registry_that_an_image_is_copied_from_need_not_be_on_a_list() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let helper = folder.path().join("docker-credential-test");
+        let says = r#"{"ServerURL": "x", "Username": "i", "Secret": "stored"}"#;
+        std::fs::write(&helper, format!("#!/bin/sh\ncat >/dev/null\necho '{says}'\n")).unwrap();
+        std::fs::set_permissions(&helper, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let path = folder.path().join("config.json");
+        std::fs::write(&path, r#"{"credsStore": "test"}"#).unwrap();
+        let folders = vec![folder.path().to_owned()];
+        let config = Config { docker_config: Some(path), helper_folders: folders, ..Config::default() };
+        let installation = Arc::new(Installation::open(&config, &mut Default::default()).await.unwrap());
+        let image =
+            spec(Work::Copy { from: "other.test/x:1".parse().unwrap(), platform: Default::default() });
+        let none = RegistryAuth::default();
+        for (auth, pull) in [
+            (RegistryAuth { allow_all: true, ..none.clone() }, "other.test=stored"),
+            (RegistryAuth { allowed_hosts: vec!["test".into()], ..none.clone() }, "test=stored"),
+            (none, ""),
+        ] {
+            let logins = Logins::of(auth.clone(), &installation, &image, false).await.unwrap();
+            assert_eq!(told(&logins), [pull, "target.test=stored"], "{auth:?}");
         }
     }
 }

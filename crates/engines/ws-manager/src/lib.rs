@@ -230,7 +230,7 @@ impl Engine for WsManagerEngine {
                     return Err(EngineError::Rejected(Failure::new(FailureReason::Internal, message)));
                 }
                 // Full, under maintenance, or in trouble.
-                _ => return Err(EngineError::Unavailable(told(&refused))),
+                _ => return Err(EngineError::Unavailable(format!("ws-manager: {}", told(&refused)))),
             }
         }
     }
@@ -271,7 +271,7 @@ impl Engine for WsManagerEngine {
         match self.workspaces.stop(request, STOP).await {
             Ok(()) => Ok(()),
             Err(status) if status.code() == Code::NotFound => Ok(()),
-            Err(status) => Err(EngineError::Unavailable(told(&status))),
+            Err(status) => Err(EngineError::Unavailable(format!("ws-manager: {}", told(&status)))),
         }
     }
 

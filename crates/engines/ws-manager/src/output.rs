@@ -14,8 +14,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::cursor_key::CursorKey;
-use crate::overlap::{Found, Place, RING};
-use crate::supervisor::{Heard, Supervisor, Trouble};
+use crate::overlap::{Beginning, Found, Place, RING};
+use crate::supervisor::{Heard, Messages, Supervisor, Trouble};
 use crate::workspaces::Workspaces;
 
 /// How long a read waits for something to read.
@@ -26,6 +26,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// A connection that says nothing for so long is made anew, while the workspace runs.
 const SILENCE: Duration = Duration::from_secs(300);
+/// The pieces of a ring follow each other at once: after such a pause there is no more of it.
+const WITHIN_RING: Duration = Duration::from_secs(1);
 /// Once a workspace has stopped its supervisor is asked so often for what is left.
 const LAST_TRIES: u32 = 5;
 
@@ -183,42 +185,84 @@ impl Reading {
     async fn listen(&self, supervisor: &Supervisor) -> Result<bool, Trouble> {
         let mut messages = supervisor.listen().await?;
         let end = self.held().end.clone();
-        // What is replayed, until the place where we are is found in it.
-        let mut replay = Some(BytesMut::new());
+        let over = match end.offset {
+            0 => self.begin(&mut messages).await?,
+            _ => self.resume(&end, &mut messages).await?,
+        };
+        if let Some(over) = over {
+            return Ok(over);
+        }
         loop {
-            let heard = timeout(SILENCE, messages.next()).await.map_err(|_| Trouble::NotYet)??;
-            let (data, over) = match heard {
+            match timeout(SILENCE, messages.next()).await.map_err(|_| Trouble::NotYet)?? {
                 None => return Ok(false),
-                Some(Heard::Exit) => (Bytes::new(), true),
-                Some(Heard::Data(data)) => (data, false),
+                Some(Heard::Exit) => return Ok(true),
+                Some(Heard::Data(data)) => self.change(|held| held.push(&data)),
+            }
+        }
+    }
+
+    /// The first that is read of an output, held back until it is told whether there may have been more before it. Whether the
+    /// task's end was heard, if the connection is over.
+    async fn begin(&self, messages: &mut Messages) -> Result<Option<bool>, Trouble> {
+        let mut first = BytesMut::new();
+        let over = loop {
+            let within = if first.is_empty() { SILENCE } else { WITHIN_RING };
+            let heard = match timeout(within, messages.next()).await {
+                Ok(heard) => heard?,
+                Err(_) if first.is_empty() => return Err(Trouble::NotYet),
+                Err(_) => break None,
             };
-            match &mut replay {
-                None => self.change(|held| held.push(&data)),
-                Some(so_far) => {
-                    so_far.extend_from_slice(&data);
-                    let found = match end.find(so_far) {
-                        Found::NotYet if over => Found::Lost,
-                        found => found,
-                    };
-                    let skipped = match found {
-                        Found::NotYet => continue,
-                        Found::After(skipped) => skipped,
-                        Found::Lost => {
-                            let line = format!(
-                                "\nkiln: output is missing here: more than the {RING} bytes that a supervisor keeps were written while it could not be reached\n"
-                            );
-                            self.change(|held| held.push(line.as_bytes()));
-                            0
-                        }
-                    };
-                    let rest = so_far.split_off(skipped.min(so_far.len()));
-                    replay = None;
-                    self.change(|held| held.push(&rest));
+            let data = match heard {
+                None => break Some(false),
+                Some(Heard::Exit) => break Some(true),
+                Some(Heard::Data(data)) => data,
+            };
+            let beginning = Beginning::after(first.len(), data.len());
+            first.extend_from_slice(&data);
+            match beginning {
+                Beginning::Unclear => {}
+                Beginning::Whole => break None,
+                Beginning::MayBeMissing => {
+                    let line = format!(
+                        "kiln: output may be missing before this: a supervisor keeps {RING} bytes, and had so many when it was first reached\n"
+                    );
+                    self.change(|held| held.push(line.as_bytes()));
+                    break None;
                 }
             }
-            if over {
-                return Ok(true);
-            }
+        };
+        self.change(|held| held.push(&first));
+        Ok(over)
+    }
+
+    /// What is replayed to a new reader, until the place where we are is found in it. Whether the task's end was heard, if the
+    /// connection is over.
+    async fn resume(&self, end: &Place, messages: &mut Messages) -> Result<Option<bool>, Trouble> {
+        let mut replay = BytesMut::new();
+        loop {
+            let heard = timeout(SILENCE, messages.next()).await.map_err(|_| Trouble::NotYet)??;
+            let over = match heard {
+                None => return Ok(Some(false)),
+                Some(Heard::Exit) => true,
+                Some(Heard::Data(data)) => {
+                    replay.extend_from_slice(&data);
+                    false
+                }
+            };
+            let skipped = match end.find(&replay) {
+                Found::NotYet if !over => continue,
+                Found::After(skipped) => skipped,
+                Found::NotYet | Found::Lost => {
+                    let line = format!(
+                        "\nkiln: output is missing here: more than the {RING} bytes that a supervisor keeps were written while it could not be reached\n"
+                    );
+                    self.change(|held| held.push(line.as_bytes()));
+                    0
+                }
+            };
+            let rest = replay.split_off(skipped.min(replay.len()));
+            self.change(|held| held.push(&rest));
+            return Ok(over.then_some(true));
         }
     }
 }

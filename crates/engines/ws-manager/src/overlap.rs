@@ -6,6 +6,32 @@ pub(crate) const RING: usize = 256 * 1024;
 /// So many bytes before a place are remembered, to find it again.
 const TAIL: usize = 96;
 
+/// A supervisor reads its ring in pieces of so many bytes, of which only the last is shorter. What a terminal says later comes in
+/// pieces as it was written.
+const PIECE: usize = 4096;
+
+/// What a first replay tells of the output before it: a supervisor says neither how much there was nor where its ring ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Beginning {
+    /// It can't be told yet.
+    Unclear,
+    /// The ring was not full: its beginning is the output's.
+    Whole,
+    /// The ring was full, and may have been for long.
+    MayBeMissing,
+}
+
+impl Beginning {
+    /// What the next piece tells, where `before` came in full pieces before it.
+    pub(crate) fn after(before: usize, piece: usize) -> Self {
+        match before.saturating_add(piece) {
+            _ if piece != PIECE => Self::Whole,
+            RING.. => Self::MayBeMissing,
+            _ => Self::Unclear,
+        }
+    }
+}
+
 /// A place in an output: how many bytes are before it, and the last of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Place {
@@ -77,6 +103,30 @@ mod tests {
 
     fn output(bytes: usize) -> Vec<u8> {
         (0..bytes / 8 + 1).flat_map(|line| format!("{line:07}\n").into_bytes()).take(bytes).collect()
+    }
+
+    #[test]
+    fn a_full_ring_is_told_by_its_pieces() {
+        let told = |output: usize| {
+            let mut before = 0;
+            loop {
+                let piece = (output - before).min(PIECE);
+                match Beginning::after(before, piece) {
+                    Beginning::Unclear if before + piece < output => before += piece,
+                    told => return told,
+                }
+            }
+        };
+        for (output, expected) in [
+            (1, Beginning::Whole),
+            (PIECE, Beginning::Unclear),
+            (PIECE + 1, Beginning::Whole),
+            (RING - 1, Beginning::Whole),
+            (RING - PIECE, Beginning::Unclear),
+            (RING, Beginning::MayBeMissing),
+        ] {
+            assert_eq!(told(output), expected, "{output}");
+        }
     }
 
     #[test]

@@ -24,6 +24,8 @@ struct Following {
     builds: Arc<BuildsApi>,
     log_infos: LogInfos,
     id: BuildId,
+    /// How often its start had been refused when the client came.
+    refusals: u32,
     log: Log,
     over: bool,
 }
@@ -49,6 +51,7 @@ pub(crate) fn follow(
         builds: builds.clone(),
         log_infos: log_infos.clone(),
         id: record.id.clone(),
+        refusals: record.refused_starts,
         log: Log::NotAsked,
         over: false,
     };
@@ -68,7 +71,7 @@ impl Following {
     async fn next(&mut self) -> Result<api::BuildResponse, Status> {
         if matches!(self.log, Log::NotAsked) {
             let log = async {
-                let record = self.reaches(|state| state != State::Queued).await?;
+                let record = self.reaches(|record| record.state != State::Queued).await?;
                 Ok::<_, Status>((self.log_infos.of(&record.run()).await, record))
             };
             tokio::select! {
@@ -96,21 +99,31 @@ impl Following {
         Ok(shown(&record, log))
     }
 
-    fn ended(&self) -> impl Future<Output = Result<Record, Status>> {
-        self.reaches(State::is_terminal)
+    /// The record of the end. A build that can't be started stays queued and is tried on; its client is told, as mk3's is, so
+    /// that it comes again, and joins.
+    async fn ended(&self) -> Result<Record, Status> {
+        let is_refused = |record: &Record| {
+            let refusals = record.refused_starts;
+            record.state == State::Queued && refusals > 0 && refusals != self.refusals
+        };
+        let record = self.reaches(|record| record.state.is_terminal() || is_refused(record)).await?;
+        if is_refused(&record) {
+            return Err(Status::unavailable(format!("cannot start build: {}", record.message)));
+        }
+        Ok(record)
     }
 
-    /// The record once the build is in a state, waited for.
-    async fn reaches(&self, wanted: fn(State) -> bool) -> Result<Record, Status> {
+    /// The record once it is as wanted, waited for.
+    async fn reaches(&self, wanted: impl Fn(&Record) -> bool) -> Result<Record, Status> {
         let (view, journal, id) = (&self.builds.view, &self.builds.journal, &self.id);
         let mut changes = view.changes();
         loop {
             match view.get(id) {
-                Some(entry) if wanted(entry.record.state) => return Ok(entry.record.clone()),
+                Some(entry) if wanted(&entry.record) => return Ok(entry.record.clone()),
                 Some(_) => {}
                 // Not in the view yet, or not any more.
                 None if view.is_caught_up() => match journal.last_of_build(id).await {
-                    Ok(Some(entry)) if wanted(entry.record.state) => return Ok(entry.record),
+                    Ok(Some(entry)) if wanted(&entry.record) => return Ok(entry.record),
                     Ok(Some(_)) => {}
                     Ok(None) => return Err(Status::aborted("subscription canceled - please try again")),
                     Err(error) => tracing::debug!(build.id = %id, "the journal can't be asked now: {error}"),

@@ -50,16 +50,15 @@ fn dockerfile(file: api::BuildSourceDockerfile) -> Result<Dockerfile, Status> {
     let Some(Spec::Git(git)) = file.source.and_then(|initializer| initializer.spec) else {
         return Err(unresolvable("unsupported context initializer"));
     };
-    let mut unfetchable = None;
-    let revision = match git.target_mode() {
-        content::CloneTargetMode::RemoteHead => String::new(),
-        content::CloneTargetMode::RemoteCommit | content::CloneTargetMode::RemoteBranch => {
-            git.clone_taget.clone()
+    use content::CloneTargetMode::{LocalBranch, RemoteBranch, RemoteCommit, RemoteHead};
+    let (revision, unfetchable) = match content::CloneTargetMode::try_from(git.target_mode) {
+        Ok(RemoteHead) => (String::new(), None),
+        Ok(RemoteCommit | RemoteBranch) => (git.clone_taget.clone(), None),
+        Ok(LocalBranch) => {
+            let why = "a local branch (target_mode LOCAL_BRANCH) is nowhere to be fetched from";
+            (String::new(), Some(why))
         }
-        content::CloneTargetMode::LocalBranch => {
-            unfetchable = Some("a local branch (target_mode LOCAL_BRANCH) is nowhere to be fetched from");
-            String::new()
-        }
+        Err(_) => (String::new(), Some("its target_mode is none that is known here")),
     };
     let config = git.config.unwrap_or_default();
     let workspace = Workspace { initializer: whole.unwrap_or_default(), supervisor_ref: String::new() };
@@ -147,6 +146,8 @@ mod tests {
             assert_eq!(dockerfile.unfetchable.is_none(), fetchable, "{mode:?}");
             assert_eq!((dockerfile.source.dockerfile(), dockerfile.source.context()), ("Dockerfile", ""));
         }
+        // A workspace may know it; a builder of ours would take the wrong commit.
+        assert!(git(|git| git.target_mode = 77).unfetchable.is_some());
     }
 
     #[test]

@@ -8,6 +8,7 @@ use kiln_domain::transition::Change;
 use kiln_proto::builder as mk3;
 use kiln_proto::builder::build_source::From;
 use tokio::time::timeout;
+use tonic::Code;
 
 use crate::desk::{Desk, OWNER_TOKEN, SOON};
 
@@ -82,5 +83,25 @@ async fn a_build_that_is_over_before_it_is_looked_at_is_told_with_its_log() -> R
         ensure!(done.status() == mk3::BuildStatus::DoneFailure, "{done:?}");
         ensure!(log_of(done).is_some() || !has_log, "{done:?}");
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_build_that_can_not_be_started_now_sends_its_client_to_come_again() -> Result<()> {
+    let desk = Desk::set().await?;
+    let queued = desk.asked().await?;
+    let mut client = desk.image_builder.clone();
+    let mut stream = timeout(SOON, client.build(request())).await??.into_inner();
+    let first = timeout(SOON, stream.message()).await??.context("a first message")?;
+    ensure!(first.status() == mk3::BuildStatus::Running, "{first:?}");
+    let claimed = desk.change(&queued, Change::Claimed { by: desk.by.clone() }).await?;
+    let why = Some("ws-manager: it is full".to_owned());
+    desk.change(&claimed, Change::Released { by: desk.by.clone(), why }).await?;
+    let status = timeout(SOON, stream.message()).await?.err().context("no error")?;
+    ensure!(status.code() == Code::Unavailable, "{status:?}");
+    ensure!(status.message() == "cannot start build: ws-manager: it is full", "{status:?}");
+    // It is still there.
+    let listed = client.list_builds(mk3::ListBuildsRequest {}).await?.into_inner().builds;
+    ensure!(listed.iter().any(|build| build.build_id == queued.record.id.to_string()), "{listed:?}");
     Ok(())
 }

@@ -4,14 +4,13 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kiln_chassis::config::Error;
 use kiln_domain::finding::Finding;
 use rustix::fs::{FlockOperation, flock};
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::config::{Config, Engine};
+use crate::config::{Config, Engine, Loaded};
 use crate::up;
 
 const PART: &str = "kiln up";
@@ -47,7 +46,7 @@ impl Installation {
         match data_dir.or_else(default) {
             Some(folder) => Self::of_up(config, &folder),
             None => {
-                let config = Config::load(config, &[]).map_err(|error| wrong(&error))?;
+                let config = Loaded::checked(config, &[]).map_err(|error| wrong(&error))?.config;
                 let says = format!("of roles, with NATS at {}", config.nats.url);
                 let findings = vec![Finding::ok(CONFIGURATION, says)];
                 Ok(Self { config, runs: true, away: None, health: None, findings })
@@ -56,7 +55,7 @@ impl Installation {
     }
 
     fn of_up(config: Option<&Path>, folder: &Path) -> Result<Self, Finding> {
-        let mut config = Config::read(config).map_err(|error| wrong(&error))?;
+        let mut config = Loaded::read(config).map_err(|error| wrong(&error))?.config;
         let folder = folder.canonicalize().map_err(|error| no_data_dir(folder, &error.to_string()))?;
         let lock =
             File::open(folder.join(up::LOCK)).map_err(|error| no_data_dir(&folder, &error.to_string()))?;
@@ -155,12 +154,10 @@ fn no_data_dir(folder: &Path, why: &str) -> Finding {
     )
 }
 
-fn wrong(error: &Error) -> Finding {
-    let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
-    let text = std::iter::once(error.to_string()).chain(causes.map(ToString::to_string)).collect::<Vec<_>>();
+fn wrong(error: &anyhow::Error) -> Finding {
     Finding::problem(
         CONFIGURATION,
-        format!("{}; nothing else was examined", text.join(": ")),
+        format!("{error:#}; nothing else was examined"),
         "mend it: `kiln check-config FILE` names each problem by its key",
     )
 }

@@ -19,25 +19,21 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, Role};
-use crate::mk3_config;
+use crate::config::{Config, Loaded, Role};
 use crate::roles::host::Host;
 
 /// What each role takes.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// The JSON file of the services; KILN_… variables lie over it (KILN_NATS__URL is `nats.url`)
+    /// The JSON file of the services, or that of an image-builder-mk3, in which further keys are Kiln's; KILN_… variables lie
+    /// over it (KILN_NATS__URL is `nats.url`)
     #[arg(long, value_name = "FILE", env = "KILN_CONFIG")]
     config: Option<PathBuf>,
-    /// The JSON file of an image-builder-mk3, as it is; what --config and the variables say lies over it
-    #[arg(long, value_name = "FILE", env = "KILN_MK3_CONFIG")]
-    mk3_config: Option<PathBuf>,
 }
 
 /// Runs one role until `stop`.
 pub(crate) async fn run(options: Options, role: Role, stop: CancellationToken) -> anyhow::Result<()> {
-    let mk3 = mk3_config::read(options.mk3_config.as_deref())?;
-    let config = Config::load_over(mk3, options.config.as_deref(), &[role])?;
+    let config = Loaded::checked(options.config.as_deref(), &[role])?.noted();
     let health = listen("listen.health", config.listen.health).await?;
     let metrics = listen("listen.metrics", config.listen.metrics).await?;
     let host = Host::start(health, metrics, &[role], String::new());

@@ -25,8 +25,7 @@ use tokio_util::sync::CancellationToken;
 use self::backing::Backing;
 use self::data_dir::DataDir;
 use self::ports::{Ports, reachable};
-use crate::config::Config;
-use crate::mk3_config;
+use crate::config::{Config, Loaded};
 
 pub(crate) use self::data_dir::LOCK;
 pub(crate) use self::nats::{SERVICES, SERVICES_PASSWORD};
@@ -43,7 +42,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
     /// Where the gRPC API listens; like the others, port 0 picks one at the first start and keeps it [default: that of
-    /// --mk3-config, or 127.0.0.1:8080]
+    /// an image-builder-mk3's --config, or 127.0.0.1:8080]
     #[arg(long, value_name = "ADDRESS")]
     grpc_listen: Option<SocketAddr>,
     /// Where the registry listens
@@ -75,13 +74,10 @@ pub(crate) struct Options {
     /// Admit file:// git remotes
     #[arg(long)]
     allow_file_contexts: bool,
-    /// The JSON file of the services; what is started here, and the flags, go before it
+    /// The JSON file of the services; what is started here, and the flags, go before it. Or that of an image-builder-mk3, in
+    /// which further keys are Kiln's: its registry is used then, and none is started
     #[arg(long, value_name = "FILE", env = "KILN_CONFIG")]
     config: Option<PathBuf>,
-    /// The JSON file of an image-builder-mk3, as it is: its registry is used then, and none is started. The flags and
-    /// --config go before it
-    #[arg(long, value_name = "FILE", env = "KILN_MK3_CONFIG")]
-    mk3_config: Option<PathBuf>,
     /// The nats-server to run
     #[arg(long, value_name = "FILE", env = "KILN_NATS_SERVER", hide = true)]
     nats_program: Option<PathBuf>,
@@ -126,12 +122,12 @@ pub(crate) async fn run(mut options: Options, stop: CancellationToken) -> anyhow
         .context("--data-dir is needed: there is no HOME to keep data in")?;
     let data = DataDir::open(&path)?;
     data.remove(ENDPOINTS)?;
-    let mk3 = mk3_config::read(options.mk3_config.as_deref())?;
+    let loaded = Loaded::read(options.config.as_deref())?;
     if options.registry.is_none() {
-        options.registry.clone_from(&mk3.registry);
+        options.registry = settings::registry_that_is_there(&loaded)?;
     }
-    let its_grpc = mk3.grpc;
-    let config = Config::read_over(mk3, options.config.as_deref())?;
+    let its_grpc = loaded.mk3_grpc;
+    let config = loaded.noted();
     let mut ports = Ports::open(&data)?;
     let grpc = options.grpc_listen.or(its_grpc).unwrap_or(crate::config::DEFAULT_GRPC);
     let grpc = ports.listen("--grpc-listen", grpc).await?;

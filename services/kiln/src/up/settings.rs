@@ -1,7 +1,8 @@
 //! The services' configuration as `kiln up` completes it: by its flags, and by what it has started.
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use kiln_chassis::config::{Error, Problem};
+use kiln_domain::reference::ImageReference;
 use kiln_domain::run_folder::Builder;
 use secrecy::SecretString;
 
@@ -9,7 +10,7 @@ use super::Options;
 use super::backing::Backing;
 use super::data_dir::DataDir;
 use super::nats;
-use crate::config::{Config, Engine, Role};
+use crate::config::{Config, Engine, Loaded, Role};
 
 /// `seed` is used unless the file names a seal key.
 pub(crate) fn complete(
@@ -62,6 +63,27 @@ pub(crate) fn complete(
     }
     let problems: Vec<Problem> = config.problems(&Role::ALL);
     if problems.is_empty() { Ok(config) } else { Err(Error::Wrong(problems)).context("kiln up") }
+}
+
+/// The registry that the file means, if none is to be started: that of an image-builder-mk3, or the one that the workspaces of
+/// a ws-manager push to, which could not reach one of ours on loopback.
+pub(crate) fn registry_that_is_there(loaded: &Loaded) -> anyhow::Result<Option<String>> {
+    let orchestrator = loaded.config.orchestrator.as_ref();
+    let repositories = orchestrator.map(|of| [&of.base_image_repository, &of.workspace_image_repository]);
+    let mut named = repositories.into_iter().flatten().filter(|repository| !repository.is_empty()).peekable();
+    let has_ws_manager = loaded.config.engine.local().is_none();
+    if has_ws_manager && named.peek().is_none() {
+        let key = if loaded.is_mk3s { "baseImageRepository" } else { "base_image_repository" };
+        bail!(
+            "`orchestrator.{key}` is missing: builds are workspaces of a ws-manager, for which no registry is started here"
+        );
+    }
+    if !has_ws_manager && !loaded.is_mk3s {
+        return Ok(None);
+    }
+    // What can't be parsed is refused with all else that is wrong.
+    let mut references = named.filter_map(|repository| repository.parse::<ImageReference>().ok());
+    Ok(references.next().map(|reference| reference.registry().to_owned()))
 }
 
 /// Where images are pushed to, unless the file says so.

@@ -97,3 +97,44 @@ fn a_role_names_the_key_that_is_wrong() {
     assert!(message.contains("`nats.url` (KILN_NATS__URL): is empty"), "{message}");
     assert!(message.contains("`resolver.git` (KILN_RESOLVER__GIT)"), "{message}");
 }
+
+#[test]
+fn a_file_of_image_builder_mk3_is_known_as_one_and_its_keys_keep_their_names() {
+    let json = r#"{
+        "orchestrator": {
+            "wsman": {"address": "ws-manager:8080", "colour": "red"},
+            "baseImageRepository": "registry.test/base",
+            "workspaceImageRepository": "registry.test/workspace",
+            "builderImage": "registry.test/bob:1",
+            "slots": 7
+        },
+        "refCache": {"interval": "6h"},
+        "nats": {"url": "nats://nats:4222"}
+    }"#;
+    let (status, text) = check(json, &["--for", "orchestrator"], &[]);
+    assert_eq!(status, Some(0), "{text}");
+    let mut named: Vec<&str> =
+        text.lines().filter_map(|line| line.strip_prefix('`')?.split('`').next()).collect();
+    named.sort_unstable();
+    assert_eq!(named, ["orchestrator.wsman.colour", "refCache.interval"], "{text}");
+
+    let json = r#"{
+        "orchestrator": {
+            "wsman": {"address": "ws-manager:8080", "tls": {"crt": "/tls.crt"}},
+            "workspaceImageRepository": 5,
+            "builderImage": "registry.test/bob:1",
+            "slots": "many"
+        }
+    }"#;
+    let (status, text) = check(json, &[], &[("KILN_NATS__COLOUR", "red")]);
+    assert_eq!(status, Some(2));
+    for expected in [
+        "`orchestrator.wsman.tls.ca` (FILE): missing",
+        "`orchestrator.workspaceImageRepository` (FILE): expected a string, found a number",
+        "`orchestrator.slots` (FILE): expected usize, found a string",
+        // A variable is not the other program's.
+        "`nats.colour` (KILN_NATS__COLOUR): unknown key; known are url, user, password, password_file",
+    ] {
+        assert!(text.lines().any(|line| line == expected), "{expected}\n{text}");
+    }
+}

@@ -21,11 +21,11 @@ const ROLES: [&str; 6] = ["gateway", "resolver", "orchestrator", "orchestrator",
 /// Each build writes so much before, during and after the time without a connection: all of it stays in a supervisor's ring.
 const LINES: usize = 1000;
 
-/// How long nobody is reached. KILN_DROP_IN_SECONDS makes it another.
+/// How long nobody is reached. DROP_IN_SECONDS makes it another.
 #[expect(clippy::disallowed_methods, reason = "how long a test takes is for who runs it to say")]
 fn away() -> Result<Duration> {
-    match std::env::var("KILN_DROP_IN_SECONDS") {
-        Ok(text) => Ok(Duration::from_secs(text.parse().context("KILN_DROP_IN_SECONDS")?)),
+    match std::env::var("DROP_IN_SECONDS") {
+        Ok(text) => Ok(Duration::from_secs(text.parse().context("DROP_IN_SECONDS")?)),
         Err(_) => Ok(Duration::from_secs(10)),
     }
 }

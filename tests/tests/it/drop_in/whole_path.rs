@@ -6,12 +6,15 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, ensure};
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_proto::builder as mk3;
+use kiln_proto::builder::image_builder_client::ImageBuilderClient;
 use kiln_proto::kiln_v1 as api;
 use kiln_proto::wsman::{WorkspacePhase, WorkspaceStatus};
 use kiln_testkit::builders::Builders;
-use kiln_testkit::installation::program;
+use kiln_testkit::installation::{Installation, program};
 use kiln_testkit::registry::DockerRegistry;
-use serde_json::Value;
+use kiln_testkit::workshop::Workshop;
+use kiln_testkit::ws_manager::WsManager;
+use serde_json::{Value, json};
 
 use super::{Place, by_id, next};
 use crate::system::DOCKERFILE;
@@ -131,6 +134,37 @@ async fn what_the_old_service_builds_is_listed_and_left_alone() -> Result<()> {
     let built = all(place.client().await?.build(request(&repository)).await?.into_inner()).await?;
     ensure!(built.last().is_some_and(|last| last.status() == mk3::BuildStatus::DoneSuccess), "{built:?}");
     ensure!(place.ws_manager.running().iter().any(|status| status.id == theirs.id), "it was stopped");
+    Ok(())
+}
+
+/// One machine, the old service's file: neither a registry nor builders of this host.
+#[tokio::test(flavor = "multi_thread")]
+async fn kiln_up_builds_at_the_ws_manager_that_mk3s_file_names() -> Result<()> {
+    let (program, workshop) = (program()?, Workshop::new().await?);
+    let ws_manager = WsManager::start(Arc::new(Builders::new(&program)?)).await?;
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("image-builder-mk3.json");
+    let repository = |name: &str| format!("{}/gitpod/{name}", workshop.registry.address());
+    let config = json!({
+        "orchestrator": {
+            "wsman": {"address": ws_manager.address.to_string()},
+            "baseImageRepository": repository("base-images"),
+            "workspaceImageRepository": repository("workspace-images"),
+            "builderImage": "registry.test/bob:1"
+        },
+        "server": {"services": {"grpc": {"address": ":0"}}}
+    });
+    std::fs::write(&file, config.to_string())?;
+    let kiln = Installation::start(&program, &["--config", file.to_str().context("a path")?]).await?;
+    let source = workshop.repository(&[("Dockerfile", DOCKERFILE)], &["."])?;
+    let mut client = ImageBuilderClient::connect(format!("http://{}", kiln.endpoint("grpc")?)).await?;
+    let built = all(client.build(request(&source)).await?.into_inner()).await?;
+    let done = built.last().context("a message")?;
+    ensure!(done.status() == mk3::BuildStatus::DoneSuccess, "{built:?}\n{}", kiln.log());
+    ensure!(done.r#ref.starts_with(&repository("workspace-images:")), "{done:?}");
+    ensure!(ws_manager.starts() == 1, "it was built elsewhere");
+    ensure!(kiln.endpoint("registry")? == workshop.registry.address(), "a registry of its own");
+    ensure!(!kiln.data().join("runs").exists(), "a local engine");
     Ok(())
 }
 

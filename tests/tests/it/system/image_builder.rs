@@ -68,7 +68,7 @@ async fn mk3s_own_configuration_file_is_taken_as_it_is() -> Result<()> {
         "server": {"services": {"grpc": {"address": ":0"}}, "debug": {"colour": "red"}}
     });
     std::fs::write(&file, config.to_string())?;
-    let arguments = ["--mk3-config", file.to_str().context("a path")?];
+    let arguments = ["--config", file.to_str().context("a path")?];
     let kiln = Installation::start(&program()?, &arguments).await?;
     let stage = Stage { kiln, workshop: Workshop::new().await? };
     ensure!(stage.kiln.endpoint("registry")? == registry.address(), "no registry of its own");
@@ -273,11 +273,14 @@ async fn errors_have_mk3s_codes_and_texts() -> Result<()> {
     let stage = Stage::set().await?;
     let registry = stage.kiln.endpoint("registry")?;
     let mut client = client(&stage).await?;
+    stage.workshop.registry.push_image("arm:1", "linux/arm64", &[("a", b"a")]).await?;
+    let arm = stage.workshop.registry.reference("arm:1")?.to_string();
     let beginning = "cannt resolve base image ref: cannot parse image ref: ";
     for (reference, code, expected) in [
         ("UPPER/x", Code::InvalidArgument, beginning),
         ("https://r.test/x", Code::InvalidArgument, beginning),
         (&format!("{registry}/nothing:1"), Code::NotFound, "cannot resolve image"),
+        (&arm, Code::NotFound, "cannot resolve image: no manifest for platform linux-amd64 found"),
         ("127.0.0.1:1/x:1", Code::Unavailable, "cannot resolve image: "),
         ("r.invalid/x:1", Code::NotFound, "cannot resolve image: "),
     ] {

@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 use kiln_domain::engine::{Cursor, Engine as _};
 use kiln_domain::run::RunSecrets;
 use kiln_testkit::engine_conformance::{ENDLESS, Job, output};
+use kiln_testkit::supervisor::RING;
 
 use crate::place::WsManagerPlace;
 
@@ -54,5 +55,29 @@ async fn each_byte_comes_once_whoever_is_cut_off() -> Result<()> {
     engine.cancel(&spec.run).await?;
     let rest = output(&place.ws_engine(), &spec.run, at, 1024).await?;
     ensure!(rest == b"and the end\n", "{}", String::from_utf8_lossy(&rest));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_supervisor_that_is_first_reached_with_a_full_ring_may_have_said_more() -> Result<()> {
+    const MISSING: &str = "kiln: output may be missing before this: ";
+    for (written, missing) in [(RING - 4096 - ENDLESS.len(), false), (RING, true)] {
+        let place = WsManagerPlace::new().await?;
+        let (engine, spec) = (place.ws_engine(), place.spec(Job::Endless)?);
+        engine.start(&spec, &RunSecrets::default()).await?;
+        let (supervisors, id) = (&place.ws_manager.supervisors, spec.run.as_str());
+        // Its work has begun, and said what it says at first.
+        while supervisors.output(id).len() < ENDLESS.len() {
+            tokio::task::yield_now().await;
+        }
+        supervisors.write(id, &vec![b'x'; written]);
+        let all = supervisors.output(id);
+        let kept = &all[all.len().saturating_sub(RING)..];
+        let least = kept.len() + if missing { MISSING.len() } else { 0 };
+        let reading = read(&engine, &spec.run, least);
+        let (_, text) = tokio::time::timeout(Duration::from_secs(60), reading).await??;
+        ensure!(text.starts_with(MISSING.as_bytes()) == missing, "{written}");
+        ensure!(missing || text == kept, "{written}: {} bytes of {}", text.len(), kept.len());
+    }
     Ok(())
 }
