@@ -43,14 +43,9 @@ chaos:
         cargo test --release --locked -p kiln-tests --test it chaos::every_promise -- --nocapture
 
 # What logs cost: ingest, delay, fan-out, followers, replay (BENCH_SCALE=0.1 for a quick look)
-bench-logs:
+bench-logs *PARTS:
     cargo build --release --locked -p kiln
-    cargo bench --locked -p kiln-tests --bench logs
-
-# The old API over a ws-manager: dispatch, ends, and a log with many followers (BENCH_SCALE=0.1 for a quick look)
-bench-dropin:
-    cargo build --release --locked -p kiln
-    cargo bench --locked -p kiln-tests --bench drop_in
+    cargo bench --locked -p kiln-tests --bench logs -- {{PARTS}}
 
 # Remove what compiling left
 clean:

@@ -16,6 +16,8 @@ pub const LOG_SOURCE_CURSOR: &str = "Kiln-Source-Cursor";
 pub const LOG_COMPLETE: &str = "Kiln-Complete";
 /// On the messages of a log that has reached its size limit, from that one on.
 pub const LOG_LIMITED: &str = "Kiln-Limited";
+/// On a log chunk: the size limit that its writer keeps to, in bytes.
+pub const LOG_MAX_BYTES: &str = "Kiln-Max-Bytes";
 
 /// CloudEvents 1.0, NATS protocol binding, binary mode.
 pub mod cloudevents {

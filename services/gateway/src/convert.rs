@@ -95,6 +95,10 @@ pub(crate) fn log_info(id: &BuildId, info: &LogInfo) -> api::LogInfo {
         last_stored_at: Some(timestamp(last)),
         first_expires_at: expires(first),
         last_expires_at: expires(last),
+        max_bytes: info.max_bytes.unwrap_or_default(),
+        max_age: prost_types::Duration::try_from(info.max_age).ok().filter(|_| !info.max_age.is_zero()),
+        all_logs_bytes: info.all_bytes,
+        all_logs_max_bytes: info.all_max_bytes.unwrap_or_default(),
     }
 }
 

@@ -79,7 +79,8 @@ pub(crate) async fn tend(
             return Ok(left);
         }
     }
-    let writer = shared.logs.claim(id, me, tail.as_ref()).await?;
+    let mut writer = shared.logs.claim(id, me, tail.as_ref()).await?;
+    writer.keeps_to(shared.config.max_log_bytes);
     if tail.is_some_and(|tail| tail.writer != *me) {
         shared.metrics.taken_over.inc();
         tracing::info!(build.id = %id, "took over the log of {id} at byte {}", writer.end());

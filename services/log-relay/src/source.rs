@@ -48,6 +48,10 @@ struct Attempt {
     held: Held,
 }
 
+/// What a builder writes within this long becomes one chunk, unless it fills one: each chunk has its price in the engine, in
+/// the stream and with every follower, and of hundreds of builders that write line by line these would be all that anybody
+/// does. After a pause the first bytes are passed on at once.
+const GATHER: Duration = Duration::from_millis(40);
 /// A run that the journal calls started and the engine doesn't know is looked for again after this long.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
@@ -92,9 +96,11 @@ impl Reading {
             started |= stage == Stage::Running || self.has_handle(number);
             let error = match self.engine.read(&attempt.run, &cursor, CHUNK_BYTES).await {
                 Ok(read) => {
+                    let gathered = Instant::now() + GATHER;
                     started = true;
                     pause = Duration::from_millis(100);
-                    if !read.bytes.is_empty() {
+                    let length = read.bytes.len();
+                    if length > 0 {
                         quiet = None;
                         cursor = self.engine.advance(&read.from, &read.bytes);
                         self.pass(&mut attempt, read.from, read.bytes).await?;
@@ -103,6 +109,9 @@ impl Reading {
                         self.flush(&mut attempt).await?;
                         self.over(number).await?;
                         return Ok(true);
+                    }
+                    if (1..CHUNK_BYTES).contains(&length) {
+                        tokio::time::sleep_until(gathered).await;
                     }
                     None
                 }

@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use kiln_proto::kiln_v1::LogChunk;
 use tokio::task::JoinSet;
 use tonic::Streaming;
 
-use crate::plant::{Plant, follow};
+use crate::plant::{Plant, follow, processor};
 use crate::{Scale, quantile};
 
 const LINES_A_SECOND: u64 = 100;
@@ -28,6 +28,12 @@ pub(crate) async fn run(plant: &mut Plant, scale: Scale) -> Result<()> {
         readers.spawn(lines(log, clock));
         builds.push((build, builder));
     }
+    let pids = [
+        plant.fleet.process("log-relay", 0)?.pid()?,
+        plant.fleet.process("gateway", 0)?.pid()?,
+        plant.fleet.nats.pid()?,
+    ];
+    let before = pids.map(processor);
     let begun = clock.elapsed();
     let mut tick = tokio::time::interval(Duration::from_millis(1000 / LINES_A_SECOND));
     while clock.elapsed() < begun + lasts {
@@ -37,8 +43,15 @@ pub(crate) async fn run(plant: &mut Plant, scale: Scale) -> Result<()> {
             builder.write(line.as_bytes())?;
         }
     }
+    let busy = clock.elapsed() - begun;
+    let mut cores = Vec::new();
+    for (pid, before) in pids.into_iter().zip(before) {
+        cores.push((processor(pid)? - before?) / busy.as_secs_f64() * 100.0);
+    }
+    let mut ids = Vec::new();
     for (build, builder) in builds {
         plant.end(&build, builder).await?;
+        ids.push(build.id);
     }
     let mut delays = Vec::new();
     while let Some(read) = readers.join_next().await {
@@ -46,12 +59,21 @@ pub(crate) async fn run(plant: &mut Plant, scale: Scale) -> Result<()> {
         delays.extend(warm.map(|(_, delay)| delay));
     }
     delays.sort();
+    let mut chunks = 0;
+    for id in ids {
+        chunks += plant.logs.info(&id).await?.context("no log")?.chunks;
+    }
     println!(
-        "delay, {count} builders at {LINES_A_SECOND} lines a second, from write to follower: p50 {:.0?} p99 {:.0?} max {:.0?} of {} lines (aim: p99 under 250 ms)",
+        "delay, {count} builders at {LINES_A_SECOND} lines a second, from write to follower: p50 {:.0?} p99 {:.0?} max {:.0?} of {} lines (aim: p99 under 250 ms); \
+         {:.0} chunks/s; of a core the relay took {:.0} %, the gateway {:.0} %, NATS {:.0} %",
         quantile(&delays, 0.5),
         quantile(&delays, 0.99),
         quantile(&delays, 1.0),
-        delays.len()
+        delays.len(),
+        chunks as f64 / busy.as_secs_f64(),
+        cores[0],
+        cores[1],
+        cores[2]
     );
     Ok(())
 }

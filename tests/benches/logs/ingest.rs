@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use kiln_bus::logs::CHUNK_BYTES;
 use kiln_testkit::bare;
@@ -21,6 +21,7 @@ pub(crate) async fn run(plant: &mut Plant, scale: Scale) -> Result<()> {
         .map(|at| output.slice(at..output.len().min(at + CHUNK_BYTES)))
         .collect();
     let rate = |took: Duration| output.len() as f64 / 1e6 / took.as_secs_f64();
+    let mut chunk = 0;
     let (mut ratios, mut kiln, mut alone) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         let mut build = plant.build().await?;
@@ -35,6 +36,8 @@ pub(crate) async fn run(plant: &mut Plant, scale: Scale) -> Result<()> {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         kiln.push(rate(begun.elapsed()));
+        let info = plant.logs.info(&build.id).await?.context("no log")?;
+        chunk = output.len() as u64 / info.chunks;
         plant.end(&build, builder).await?;
         let url = plant.fleet.nats.url();
         alone.push(rate(bare::publish(&url, kiln_contract::subject::LOGS_STREAM, &chunks).await?));
@@ -44,7 +47,7 @@ pub(crate) async fn run(plant: &mut Plant, scale: Scale) -> Result<()> {
         figures.sort_by(f64::total_cmp);
     }
     println!(
-        "ingest, one builder, {} MB: {:.0} MB/s; a bare JetStream publisher {:.0} MB/s; ratio p50 {:.2}, from {:.2} to {:.2} (aim: at least 0.7)",
+        "ingest, one builder, {} MB: {:.0} MB/s in chunks of {chunk} bytes; a bare JetStream publisher {:.0} MB/s; ratio p50 {:.2}, from {:.2} to {:.2} (aim: at least 0.7)",
         output.len() / 1_000_000,
         kiln[ROUNDS / 2],
         alone[ROUNDS / 2],

@@ -1,7 +1,7 @@
 //! What logs cost: gateway, log-relay and NATS as processes of their own, each figure beside what the same takes without
 //! Kiln, in the same run. Prints, and asserts only that every byte came.
 //!
-//! `BENCH_SCALE=0.1` makes everything smaller, for a quick look.
+//! Names of parts (`just bench-logs fan-out delay`) run those alone. `BENCH_SCALE=0.1` makes everything smaller, for a quick look.
 
 #![expect(
     clippy::print_stdout,
@@ -40,14 +40,27 @@ fn main() -> Result<()> {
     if let Some(at) = arguments.iter().position(|argument| argument == bare::ARGUMENT) {
         return runtime.block_on(bare::serve(&arguments[at + 1..]));
     }
+    let named: Vec<_> = arguments.iter().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let wanted = |part: &str| named.is_empty() || named.iter().any(|name| *name == part);
     let scale = Scale(std::env::var("BENCH_SCALE").map_or(Ok(1.0), |scale| scale.parse())?);
     runtime.block_on(async {
         let mut plant = Plant::start().await?;
-        ingest::run(&mut plant, scale).await?;
-        delay::run(&mut plant, scale).await?;
-        fan_out::run(&mut plant, scale).await?;
-        many::run(&mut plant, scale).await?;
-        replay::run(&mut plant, scale).await
+        if wanted("ingest") {
+            ingest::run(&mut plant, scale).await?;
+        }
+        if wanted("delay") {
+            delay::run(&mut plant, scale).await?;
+        }
+        if wanted("fan-out") {
+            fan_out::run(&mut plant, scale).await?;
+        }
+        if wanted("many") {
+            many::run(&mut plant, scale).await?;
+        }
+        if wanted("replay") {
+            replay::run(&mut plant, scale).await?;
+        }
+        Ok(())
     })
 }
 

@@ -38,6 +38,7 @@ pub struct LogWriter {
     end: u64,
     source: Source,
     limited: bool,
+    max_bytes: Option<u64>,
 }
 
 const APPEND: &str = "append to a log";
@@ -59,6 +60,7 @@ impl Logs {
             end: tail.map_or(0, |tail| tail.end),
             source: tail.map_or_else(Source::beginning, |tail| tail.source.clone()),
             limited: tail.is_some_and(|tail| tail.limited),
+            max_bytes: None,
         };
         let source = writer.source.clone();
         writer.append(Bytes::new(), source, false).await?;
@@ -80,6 +82,11 @@ impl LogWriter {
     /// From the next append on the log says that it has reached its size limit.
     pub fn mark_limited(&mut self) {
         self.limited = true;
+    }
+
+    /// From the next append on the log says what its size limit is. The writer's caller keeps to it.
+    pub fn keeps_to(&mut self, max_bytes: u64) {
+        self.max_bytes = Some(max_bytes);
     }
 
     /// Appends a chunk whose bytes are masked; `source` is how far the log has got with it.
@@ -159,6 +166,9 @@ impl LogWriter {
         }
         if self.limited {
             headers.insert(header::LOG_LIMITED, "true");
+        }
+        if let Some(max_bytes) = self.max_bytes {
+            headers.insert(header::LOG_MAX_BYTES, max_bytes.to_string().as_str());
         }
         Ok(headers)
     }

@@ -32,8 +32,13 @@ pub struct LogInfo {
     pub limited: bool,
     /// When the first byte that is kept was stored, and the last.
     pub stored: (Timestamp, Timestamp),
+    /// The size limit of this log, where its writer has said it.
+    pub max_bytes: Option<u64>,
     /// After so long each byte is removed; the size of all logs may have it removed earlier.
     pub max_age: Duration,
+    /// What all logs together take in the stream, and what they may; `None` is no limit.
+    pub all_bytes: u64,
+    pub all_max_bytes: Option<u64>,
 }
 
 impl Logs {
@@ -47,12 +52,12 @@ impl Logs {
     /// What is to be said of a log; `None` as with [`Logs::extent`].
     pub async fn info(&self, id: &BuildId) -> Result<Option<LogInfo>, BusError> {
         let Some(ends) = patiently(|| self.ends(id)).await? else { return Ok(None) };
-        let (config, chunks) = patiently(async || {
+        let (config, all_bytes, chunks) = patiently(async || {
             let subjects = self.stream().await?.info_with_subjects(subject::log(id)).await;
             let mut subjects = subjects.map_err(|error| BusError::unavailable(READ, error))?;
-            let config = subjects.info.config.clone();
+            let (config, all_bytes) = (subjects.info.config.clone(), subjects.info.state.bytes);
             let counted = subjects.try_next().await.map_err(|error| BusError::unavailable(READ, error))?;
-            Ok((config, counted.map_or(0, |(_, chunks)| chunks as u64)))
+            Ok((config, all_bytes, counted.map_or(0, |(_, chunks)| chunks as u64)))
         })
         .await?;
         Ok(Some(LogInfo {
@@ -60,7 +65,11 @@ impl Logs {
             chunks,
             limited: ends.last.meta.limited,
             stored: ends.stored,
+            max_bytes: ends.last.meta.max_bytes,
             max_age: config.max_age,
+            all_bytes,
+            // For NATS, -1 is no limit.
+            all_max_bytes: u64::try_from(config.max_bytes).ok(),
         }))
     }
 

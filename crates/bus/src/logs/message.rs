@@ -52,11 +52,12 @@ impl LogMessage {
             .ok_or_else(|| wrong(header::LOG_SOURCE_CURSOR))?;
         let complete = text(header::LOG_COMPLETE) == Some("true");
         let limited = text(header::LOG_LIMITED) == Some("true");
+        let max_bytes = number(header::LOG_MAX_BYTES);
         let end = offset + bytes.len() as u64;
         Ok(Self {
             sequence,
             previous: 0,
-            meta: Arc::new(LogTail { sequence, end, writer, source, complete, limited }),
+            meta: Arc::new(LogTail { sequence, end, writer, source, complete, limited, max_bytes }),
             bytes,
         })
     }

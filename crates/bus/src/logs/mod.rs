@@ -83,6 +83,8 @@ pub struct LogTail {
     pub complete: bool,
     /// The builder wrote more than the log may hold.
     pub limited: bool,
+    /// The size limit that its writer keeps to; only a claim doesn't say it, and a writer of an old release.
+    pub max_bytes: Option<u64>,
 }
 
 /// Why a log can't be read.

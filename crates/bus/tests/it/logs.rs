@@ -377,6 +377,8 @@ async fn what_is_not_there_is_said() -> Result<()> {
     assert_eq!(before.extent, Extent { first: 0, end: 13, complete: false });
     // The claim is a message, too.
     assert_eq!((before.chunks, before.limited, before.max_age.as_secs()), (3, false, 3600));
+    assert_eq!((before.max_bytes, before.all_max_bytes), (None, Some(256 << 20)));
+    assert!(before.all_bytes > before.extent.end, "{before:?}");
 
     // As retention does it: the first messages go.
     let js = async_nats::jetstream::new(async_nats::connect(server.url()).await?);

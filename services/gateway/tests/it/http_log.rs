@@ -177,6 +177,8 @@ async fn grpc_is_answered_on_the_same_port() -> Result<()> {
     );
     let (stored, expires) = (info.last_stored_at.unwrap(), info.last_expires_at.unwrap());
     assert_eq!(expires.seconds - stored.seconds, 3600);
+    assert_eq!((info.max_age.unwrap().seconds, info.all_logs_max_bytes), (3600, 256 << 20));
+    assert!(info.all_logs_bytes > info.length);
     // Of a log that is not there it is said why.
     let mut none = bed.build(2).await?;
     let request = BuildLogInfoRequest { id: none.id.to_string() };

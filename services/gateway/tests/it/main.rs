@@ -7,6 +7,7 @@ mod bed;
 mod bus_away;
 mod compat;
 mod desk;
+mod grpc_log;
 mod http_log;
 mod resolved;
 mod steps;

@@ -128,6 +128,10 @@ pub(super) struct LogInfoJson<'a> {
     last_stored_at: Option<String>,
     first_expires_at: Option<String>,
     last_expires_at: Option<String>,
+    max_bytes: Option<u64>,
+    max_age_seconds: Option<i64>,
+    all_logs_bytes: u64,
+    all_logs_max_bytes: Option<u64>,
 }
 
 impl<'a> From<&'a LogInfo> for LogInfoJson<'a> {
@@ -146,6 +150,10 @@ impl<'a> From<&'a LogInfo> for LogInfoJson<'a> {
             last_stored_at: at(&info.last_stored_at),
             first_expires_at: at(&info.first_expires_at),
             last_expires_at: at(&info.last_expires_at),
+            max_bytes: (info.max_bytes > 0).then_some(info.max_bytes),
+            max_age_seconds: info.max_age.as_ref().map(|age| age.seconds),
+            all_logs_bytes: info.all_logs_bytes,
+            all_logs_max_bytes: (info.all_logs_max_bytes > 0).then_some(info.all_logs_max_bytes),
         }
     }
 }

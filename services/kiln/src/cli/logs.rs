@@ -1,5 +1,7 @@
 //! `kiln logs`: a build's log as its bytes.
 
+use std::time::Duration;
+
 use futures::StreamExt as _;
 use jiff::Timestamp;
 use kiln_proto::kiln_v1::{BuildLogInfoRequest, LogInfo};
@@ -96,6 +98,13 @@ fn describe(info: &LogInfo, now: Timestamp) -> String {
     } else {
         "all of it".into()
     };
+    let limit = (info.max_bytes > 0).then(|| format!("{} bytes a log", info.max_bytes));
+    let max_age = info.max_age.as_ref().and_then(|age| u64::try_from(age.seconds).ok());
+    let max_age = max_age.map(|seconds| format!("{} each byte", time::age(Duration::from_secs(seconds))));
+    let all = (info.all_logs_max_bytes > 0).then(|| {
+        let (bytes, max_bytes) = (info.all_logs_bytes, info.all_logs_max_bytes);
+        format!("{bytes} bytes of {max_bytes}, beyond which the oldest go")
+    });
     let rows = [
         ("id", Some(info.id.clone())),
         ("length", Some(format!("{} bytes", info.length))),
@@ -106,6 +115,9 @@ fn describe(info: &LogInfo, now: Timestamp) -> String {
         ("last stored", at(&info.last_stored_at).map(ago)),
         ("first expires", at(&info.first_expires_at).map(ahead)),
         ("last expires", at(&info.last_expires_at).map(ahead)),
+        ("size limit", limit),
+        ("kept for", max_age),
+        ("all logs", all),
     ];
     table(None, rows.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?])))
 }
@@ -126,6 +138,10 @@ mod tests {
             last_stored_at: at(60),
             first_expires_at: at(7_200),
             last_expires_at: at(7_260),
+            max_bytes: 65_536,
+            max_age: Some(prost_types::Duration { seconds: 7_200, nanos: 0 }),
+            all_logs_bytes: 4_096,
+            all_logs_max_bytes: 1_048_576,
             ..LogInfo::default()
         };
         let now = time::timestamp(120, 0).unwrap();
@@ -139,10 +155,21 @@ mod tests {
              first stored   1970-01-01T00:00:00Z (2m ago)\n\
              last stored    1970-01-01T00:01:00Z (1m ago)\n\
              first expires  1970-01-01T02:00:00Z (in 1h)\n\
-             last expires   1970-01-01T02:01:00Z (in 1h)"
+             last expires   1970-01-01T02:01:00Z (in 1h)\n\
+             size limit     65536 bytes a log\n\
+             kept for       2h each byte\n\
+             all logs       4096 bytes of 1048576, beyond which the oldest go"
         );
-        let cut =
-            LogInfo { first_offset: 70, complete: false, limited: true, last_expires_at: None, ..whole };
+        let cut = LogInfo {
+            first_offset: 70,
+            complete: false,
+            limited: true,
+            last_expires_at: None,
+            max_bytes: 0,
+            max_age: None,
+            all_logs_max_bytes: 0,
+            ..whole
+        };
         assert_eq!(
             describe(&cut, now),
             "id             id\n\

@@ -92,9 +92,10 @@ async fn killed_at_twenty_points_relays_leave_no_gap_and_no_repeat() -> Result<(
     finish(&bed, &mut play, following, expected.as_bytes()).await
 }
 
-/// The builder goes on while the bus is away, until relay and readers have met that.
+/// The builder goes on while the bus is away, at least for `lasts` and until relay and readers have met that.
 async fn outage(
     mut server: NatsServer,
+    lasts: Duration,
     away: impl Fn(&mut NatsServer) -> Result<()>,
     back: impl AsyncFn(&mut NatsServer) -> Result<()>,
 ) -> Result<()> {
@@ -110,24 +111,26 @@ async fn outage(
     away(&mut server)?;
     after.iter().for_each(|piece| play.write(piece.clone()));
     until(&bed.bus, false).await?;
+    tokio::time::sleep(lasts).await;
     back(&mut server).await?;
     until(&bed.bus, true).await?;
     finish(&bed, &mut play, following, &pieces.concat()).await
 }
 
 #[tokio::test]
-async fn nats_that_is_killed_in_mid_log_costs_no_byte() -> Result<()> {
+async fn nats_that_is_away_for_ten_seconds_in_mid_log_costs_no_byte() -> Result<()> {
     let away = |server: &mut NatsServer| {
         server.kill();
         Ok(())
     };
-    outage(run_server().await?, away, async |server| server.start_again().await).await
+    outage(run_server().await?, Duration::from_secs(10), away, async |server| server.start_again().await)
+        .await
 }
 
 #[tokio::test]
 async fn nats_that_stands_still_in_mid_log_costs_no_byte() -> Result<()> {
     let away = |server: &mut NatsServer| server.pause();
-    outage(run_server().await?, away, async |server| server.resume()).await
+    outage(run_server().await?, Duration::ZERO, away, async |server| server.resume()).await
 }
 
 #[tokio::test]

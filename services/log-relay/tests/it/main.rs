@@ -195,7 +195,7 @@ async fn a_log_has_a_limit_and_the_build_goes_on() -> Result<()> {
     play.start().await?;
     play.write("x".repeat(999));
     let below = bed.tail(&play.id, |tail| tail.end == 999).await?;
-    assert!(!below.limited);
+    assert_eq!((below.limited, below.max_bytes), (false, Some(1_000)));
     play.write("yz");
     let above = bed.tail(&play.id, |tail| tail.end > 1_000).await?;
     assert!(above.limited);

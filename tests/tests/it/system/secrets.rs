@@ -6,6 +6,8 @@ use std::pin::pin;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE};
 use futures::StreamExt as _;
 use kiln_bus::events::{From, subscribe};
 use kiln_domain::run_folder;
@@ -85,6 +87,122 @@ async fn a_password_is_in_no_log_event_argument_or_file_that_stays() -> Result<(
     let left: Vec<_> = files(&stage.kiln.data())?.into_iter().filter(unsaid).collect();
     ensure!(left.is_empty(), "{left:?}");
     Ok(())
+}
+
+/// One that has something to be escaped in every encoding.
+const TOKEN: &str = "hunter/2 \"is\" a+long?p\u{e4}ssw\u{f6}rd";
+/// One of several lines.
+const KEY: &str = "-----BEGIN KEY-----\nq7Vz0cKf3JmWx81RtY\nuH5oPb92LdNsAeGi4T\n-----END KEY-----\n";
+/// What no secret is: where this is found, a secret would have been found, too.
+const MARK: &str = "mark-3f9ab2-of-what-was-said";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_that_the_steps_say_in_any_encoding_is_in_no_log_event_or_file_of_the_bus() -> Result<()> {
+    let stage = Stage::set().await?;
+    let said = said();
+    let lines: String = said.iter().map(|(name, text, _)| format!("{name} <{text}>\n")).collect();
+    let dockerfile_text = format!(
+        "FROM scratch\n\
+         COPY busybox said /bin/\n\
+         RUN [\"/bin/busybox\", \"cat\", \"/bin/said\"]\n\
+         RUN [\"/bin/busybox\", \"echo\", \"{}\"]\n\
+         RUN --mount=type=secret,id=key [\"/bin/busybox\", \"sh\", \"-c\", \"cd /run/secrets; b=/bin/busybox; \
+           $b cat key; $b base64 key; $b tac key; while read -r line; do echo a line: $line.; done <key\"]\n",
+        percent(TOKEN),
+    );
+    let files = [("Dockerfile", dockerfile_text.as_str()), ("said", &format!("{MARK}\n{lines}"))];
+    let repository = stage.workshop.repository(&files, &["."])?;
+    let mut request = dockerfile(&repository.uri, |_| {});
+    request.secrets = [("token", TOKEN), ("key", KEY)].map(|(id, text)| (id.into(), text.into())).into();
+    let build = begun(stage.ask(request).await?)?;
+    let log = stage.kiln.whole_log(&build.id).await?;
+    let over = stage.kiln.until(&build.id, is_over).await?;
+    let text = String::from_utf8_lossy(&log);
+    ensure!(over.state() == api::BuildState::Succeeded, "{over:?}\n{text}");
+
+    // All of it was said, and each time the mask stands in its place.
+    for (name, ..) in &said {
+        let line = text.lines().find(|line| line.starts_with(&format!("{name} <")));
+        ensure!(line.is_some_and(|line| line.contains("***")), "{name}: {line:?}\n{text}");
+    }
+    ensure!(text.matches("a line: ***.").count() == 4, "{text}");
+    let mut hidden: Vec<String> = said.into_iter().map(|(.., hidden)| hidden).collect();
+    hidden.extend(KEY.lines().map(Into::into));
+    hidden
+        .extend(STANDARD.encode(KEY).as_bytes().chunks(76).map(|line| String::from_utf8_lossy(line).into()));
+    let shown = |text: &[u8]| hidden.iter().find(|hidden| has(text, hidden)).cloned();
+    ensure!(shown(&log).is_none(), "{:?} in {text}", shown(&log));
+    ensure!(shown(format!("{over:?}").as_bytes()).is_none(), "{over:?}");
+    ensure!(shown(stage.kiln.log().as_bytes()).is_none(), "{}", stage.kiln.log());
+    let mut events = pin!(subscribe(&stage.kiln.endpoint("nats")?, From::Beginning).await?);
+    while let Some(event) = events.next().await {
+        let event = event?;
+        ensure!(shown(format!("{event:?} {}", event.data).as_bytes()).is_none(), "{event:?}");
+        if event.data["state"] == "SUCCEEDED" {
+            break;
+        }
+    }
+    let mut marked = false;
+    for file in self::files(&stage.kiln.data().join("nats"))? {
+        let Ok(content) = std::fs::read(&file) else { continue };
+        ensure!(shown(&content).is_none(), "{:?} in {}", shown(&content), file.display());
+        marked |= has(&content, MARK);
+    }
+    ensure!(marked, "the bus stores the log in a form in which nothing would be found");
+    Ok(())
+}
+
+/// What the steps say: a name, a text, and what of it must be seen nowhere.
+fn said() -> Vec<(String, String, String)> {
+    let mut said = Vec::new();
+    for (name, secret) in [("token", TOKEN), ("key", KEY)] {
+        let json = serde_json::Value::from(secret).to_string();
+        let json = json.trim_matches('"');
+        let escaped = json.replace('\u{e4}', "\\u00e4").replace('\u{f6}', "\\u00f6");
+        let percent = percent(secret);
+        for (form, text) in [
+            ("json", json),
+            ("json-ascii", &escaped),
+            ("json-slash", &json.replace('/', "\\/")),
+            ("url", &percent),
+            ("url-lower-case", &lower_case(&percent)),
+            ("form", &percent.replace("%20", "+")),
+        ] {
+            said.push((format!("{name}-{form}"), format!("https://ann:{text}@host"), text.to_owned()));
+        }
+        for (alphabet, engine) in
+            [("base64", &STANDARD), ("base64url", &URL_SAFE), ("base64-bare", &STANDARD_NO_PAD)]
+        {
+            for before in ["", "a", "ab"] {
+                let text = engine.encode(format!("{before}{secret}zz"));
+                // The digits at the borders are not the secret's alone.
+                let within = text[4..text.len() - 8].to_owned();
+                said.push((format!("{name}-{alphabet}-{}", before.len()), text, within));
+            }
+        }
+    }
+    said.push(("token-raw".into(), format!("x{TOKEN}x"), TOKEN.into()));
+    said
+}
+
+/// All but letters and digits as `%2F`.
+fn percent(text: &str) -> String {
+    text.bytes()
+        .map(|byte| {
+            if byte.is_ascii_alphanumeric() || b"-_.".contains(&byte) {
+                char::from(byte).to_string()
+            } else {
+                format!("%{byte:02X}")
+            }
+        })
+        .collect()
+}
+
+/// `%2f` for `%2F`, and all else as it is.
+fn lower_case(percent: &str) -> String {
+    let mut parts = percent.split('%');
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |text, part| format!("{text}%{}{}", part[..2].to_lowercase(), &part[2..]))
 }
 
 /// Notes the arguments of every process of this machine, until it is dropped.
