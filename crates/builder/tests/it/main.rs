@@ -6,6 +6,7 @@ mod buildkit;
 mod buildkit_daemon;
 mod builds;
 mod credentials;
+mod layer_cache;
 mod mirrors;
 mod registries;
 mod run;
