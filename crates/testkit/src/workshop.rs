@@ -108,6 +108,20 @@ impl Workshop {
 
     /// A repository with these files, and the static `busybox` in its root and in each folder named in `busybox_in`.
     pub fn repository(&self, files: &[(&str, &str)], busybox_in: &[&str]) -> Result<Repository> {
+        self.repository_prepared(files, |path| {
+            busybox_in.iter().try_for_each(|folder| {
+                let copied = std::fs::copy("/bin/busybox", path.join(folder).join("busybox"));
+                copied.map(drop).context("busybox-static is missing")
+            })
+        })
+    }
+
+    /// A repository with these files, and what `prepare` does in its folder.
+    pub fn repository_prepared(
+        &self,
+        files: &[(&str, &str)],
+        prepare: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Repository> {
         let path = self.folder.path().join(format!("repository-{}", self.next()));
         std::fs::create_dir_all(&path)?;
         for (name, content) in files {
@@ -115,10 +129,7 @@ impl Workshop {
             std::fs::create_dir_all(file.parent().context("a file without a folder")?)?;
             std::fs::write(file, content)?;
         }
-        for folder in busybox_in {
-            std::fs::copy("/bin/busybox", path.join(folder).join("busybox"))
-                .context("busybox-static is missing")?;
-        }
+        prepare(&path)?;
         git(&path, &["init", "--quiet", "--initial-branch", "main"])?;
         let mut repository =
             Repository { uri: format!("file://{}", path.display()), path, commit: String::new() };

@@ -5,6 +5,7 @@ mod base_images;
 mod buildkit;
 mod buildkit_daemon;
 mod builds;
+mod corpus;
 mod credentials;
 mod layer_cache;
 mod mirrors;
