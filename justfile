@@ -42,6 +42,11 @@ chaos:
     KILN_CHAOS_MINUTES="${KILN_CHAOS_MINUTES:-30}" \
         cargo test --release --locked -p kiln-tests --test it chaos::every_promise -- --nocapture
 
+# What the layer cache saves, and what Kiln adds to buildctl by hand (needs scripts/bootstrap --buildkit)
+bench-cache:
+    cargo build --release --locked -p kiln
+    cargo bench --locked -p kiln-tests --bench cache
+
 # What logs cost: ingest, delay, fan-out, followers, replay (BENCH_SCALE=0.1 for a quick look)
 bench-logs *PARTS:
     cargo build --release --locked -p kiln

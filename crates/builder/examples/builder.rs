@@ -1,5 +1,5 @@
-//! `builder builder --run-dir DIR`: the builder by itself, for the tests of engines (`kiln builder` and
-//! `kiln keep-buildkitd` are the same).
+//! `builder builder --run-dir DIR`: the builder by itself, for the tests of engines (`kiln builder`,
+//! `kiln keep-buildkitd` and `kiln export-layers` are the same).
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,6 +12,9 @@ fn main() -> ExitCode {
         }
         (Some(role), Some(flag), Some(folder)) if role == "keep-buildkitd" && flag == "--folder" => {
             kiln_builder::keep_buildkitd(&PathBuf::from(folder), arguments.next().is_some())
+        }
+        (Some(role), Some(flag), Some(folder)) if role == "export-layers" && flag == "--folder" => {
+            kiln_builder::export_layers(&PathBuf::from(folder), arguments.next().is_some())
         }
         _ => ExitCode::from(2),
     }

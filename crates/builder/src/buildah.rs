@@ -10,6 +10,7 @@
 
 mod failure;
 mod files;
+mod refusal;
 mod storage;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,7 +27,6 @@ use tokio::process::Command;
 
 pub(crate) use self::storage::{Storage, boot_id};
 use crate::children::{Children, Show, home};
-use crate::dockerfile;
 use crate::folder::write_private;
 use crate::memory::Memory;
 use crate::secret_files;
@@ -278,12 +278,10 @@ fn trusted(work: &Path) -> PathBuf {
 /// What buildah would read as something else is refused by its name.
 fn refuse_what_it_cannot(request: &BuildRequest) -> Result<(), ToolError> {
     let text = std::fs::read(&request.dockerfile).map_err(cannot_run)?;
-    match dockerfile::heredoc(&String::from_utf8_lossy(&text)) {
-        Some(line) => Err(ToolError::Failed(Failure::new(
+    match refusal::what_it_cannot(&String::from_utf8_lossy(&text)) {
+        Some(what) => Err(ToolError::Failed(Failure::new(
             FailureReason::Dockerfile,
-            format!(
-                "the Dockerfile has a heredoc in line {line}, which buildah does not know: it takes BuildKit"
-            ),
+            format!("the Dockerfile has {what}, which buildah does not know: it takes BuildKit"),
         ))),
         None => Ok(()),
     }

@@ -10,10 +10,12 @@ mod daemon;
 mod failure;
 mod frontend;
 mod keeper;
+mod layers;
 mod policy;
 mod progress;
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -33,6 +35,7 @@ pub use self::keeper::keep;
 pub(crate) use self::progress::Plain;
 use crate::buildkit::frontend::Frontend;
 use crate::children::{Children, Show};
+use crate::export::Export;
 use crate::folder::write_private;
 use crate::memory::Memory;
 use crate::tool::{BuildRequest, BuildTool, Built, ToolError, Ways, check_argument};
@@ -51,14 +54,31 @@ pub(crate) struct Buildkit {
     work: PathBuf,
     children: Children,
     secrets: BTreeMap<String, SecretString>,
+    logins: BTreeMap<String, SecretString>,
     /// The registry that is pushed to is spoken to in plain HTTP.
     plain_push: bool,
     registries: Registries,
     registry: OciRegistry,
     access: Access,
     lease: Option<Arc<Lease>>,
+    /// What is to be exported of a build that succeeded.
+    export: Mutex<Option<Export>>,
     /// What the images that the Dockerfile names were found to be.
     found: Mutex<Vec<(ImageReference, Digest)>>,
+}
+
+/// One try of a build.
+struct Attempt<'a> {
+    request: &'a BuildRequest,
+    address: &'a str,
+    /// Caches to begin with.
+    imports: &'a [ImageReference],
+}
+
+/// How it failed, and buildctl's own words.
+struct Failed {
+    error: ToolError,
+    words: String,
 }
 
 impl Buildkit {
@@ -82,11 +102,13 @@ impl Buildkit {
             work: work.to_owned(),
             children: children.clone(),
             secrets: secrets.clone(),
+            logins: registries.clone(),
             plain_push: false,
             registries: Registries::default(),
             registry,
             access,
             lease,
+            export: Mutex::default(),
             found: Mutex::default(),
         })
     }
@@ -98,23 +120,7 @@ impl Buildkit {
     }
 
     fn command(&self, address: &str) -> Command {
-        let folder = self.settings.programs.as_deref();
-        let program = programs::find("buildctl", folder).unwrap_or_else(|| "buildctl".into());
-        let mut command = Children::command(&program, &self.work);
-        command.env("DOCKER_CONFIG", self.work.join("docker")).args(["--addr", address]);
-        if let Some(tls) = self.settings.buildkit.tls.as_ref().filter(|_| address.starts_with("tcp://")) {
-            command
-                .arg("--tlscacert")
-                .arg(&tls.ca)
-                .arg("--tlscert")
-                .arg(&tls.cert)
-                .arg("--tlskey")
-                .arg(&tls.key);
-            if let Some(name) = &tls.server_name {
-                command.arg("--tlsservername").arg(name);
-            }
-        }
-        command
+        command(&self.settings, &self.work, address)
     }
 
     /// The daemon for this build: the own one, or the first of its own order that answers, so that a build meets the cache
@@ -171,56 +177,63 @@ impl Buildkit {
         Ok(file)
     }
 
-    fn build_command(
-        &self,
-        request: &BuildRequest,
-        address: &str,
-        policy: &Path,
-    ) -> Result<Command, ToolError> {
-        let (Some(folder), Some(name)) = (request.dockerfile.parent(), request.dockerfile.file_name()) else {
-            return Err(ToolError::Failed(internal("the Dockerfile has no name".into())));
-        };
+    fn build_command(&self, arguments: &[OsString], build: &Attempt<'_>) -> Result<Command, ToolError> {
+        let Attempt { request, address, imports } = build;
         let mut command = self.command(address);
         command
-            .args(["build", "--progress=rawjson", "--frontend=dockerfile.v0", "--metadata-file"])
+            .args(["build", "--progress=rawjson", "--metadata-file"])
             .arg(self.metadata())
-            .arg("--source-policy-file")
-            .arg(policy)
-            .arg("--local")
-            .arg(assigned("context", request.context.as_os_str()))
-            .arg("--local")
-            .arg(assigned("dockerfile", folder.as_os_str()))
-            .arg("--opt")
-            .arg(assigned("filename", name))
-            .arg("--opt")
-            .arg(format!("platform={}", request.platform.clone().unwrap_or_default()))
+            .args(arguments)
             .arg("--output")
             .arg(format!(
-                "type=image,name={},push=true,push-by-digest=true,registry.insecure={}",
+                "type=image,name={},push=true,push-by-digest=true,registry.insecure={}{}",
                 request.push_to.name(),
-                self.plain_push
+                self.plain_push,
+                // A layer that a cache has compressed otherwise is of no use to older clients, and of another digest.
+                if request.cache.is_some() { ",compression=gzip,force-compression=true" } else { "" }
             ));
-        if self.frontend(request)? == Frontend::BuiltIn {
-            // It takes the Dockerfile for forwarded to it already, and so looks for no other.
-            command.args(["--opt", "cmdline=docker/dockerfile:1"]);
+        for cache in *imports {
+            let plain = self.registries.is_plain(cache.registry());
+            command.arg("--import-cache").arg(format!("type=registry,ref={cache},registry.insecure={plain}"));
         }
         if request.no_cache {
             command.arg("--no-cache");
         }
-        if !request.target.is_empty() {
-            command.arg("--opt").arg(format!("target={}", request.target));
-        }
-        for (name, value) in request.build_args.iter().filter(|(name, _)| *name != CACHE_NAMESPACE) {
-            let argument = format!("build-arg:{name}={value}");
-            check_argument(name, &argument)?;
-            command.arg("--opt").arg(argument);
-        }
-        let namespace = Digest::of(request.repository.as_bytes());
-        command.arg("--opt").arg(format!("build-arg:{CACHE_NAMESPACE}={namespace}"));
         for (id, file) in secret_files::mounts(&self.secrets, &self.work).map_err(ToolError::Failed)? {
             command.arg("--secret").arg(format!("id={id},src={}", file.display()));
         }
         Ok(command)
+    }
+
+    /// What is built, as buildctl's arguments: whatever changes the image. Paths are relative to the work folder.
+    fn arguments(&self, request: &BuildRequest, policy: &Path) -> Result<Vec<OsString>, ToolError> {
+        let (Some(folder), Some(name)) = (request.dockerfile.parent(), request.dockerfile.file_name()) else {
+            return Err(ToolError::Failed(internal("the Dockerfile has no name".into())));
+        };
+        let work = self.work.canonicalize().map_err(|error| cannot_run(&error))?;
+        let relative = |path: &Path| path.strip_prefix(&work).unwrap_or(path).as_os_str().to_owned();
+        let mut arguments: Vec<OsString> = vec!["--frontend=dockerfile.v0".into()];
+        let mut add = |flag: &str, value: OsString| arguments.extend([flag.into(), value]);
+        add("--source-policy-file", relative(policy));
+        add("--local", assigned("context", &relative(&request.context)));
+        add("--local", assigned("dockerfile", &relative(folder)));
+        add("--opt", assigned("filename", name));
+        add("--opt", format!("platform={}", request.platform.clone().unwrap_or_default()).into());
+        if self.frontend(request)? == Frontend::BuiltIn {
+            // It takes the Dockerfile for forwarded to it already, and so looks for no other.
+            add("--opt", "cmdline=docker/dockerfile:1".into());
+        }
+        if !request.target.is_empty() {
+            add("--opt", format!("target={}", request.target).into());
+        }
+        for (name, value) in request.build_args.iter().filter(|(name, _)| *name != CACHE_NAMESPACE) {
+            let argument = format!("build-arg:{name}={value}");
+            check_argument(name, &argument)?;
+            add("--opt", argument.into());
+        }
+        let namespace = Digest::of(request.repository.as_bytes());
+        add("--opt", format!("build-arg:{CACHE_NAMESPACE}={namespace}").into());
+        Ok(arguments)
     }
 
     fn frontend(&self, request: &BuildRequest) -> Result<Frontend, ToolError> {
@@ -228,6 +241,24 @@ impl Buildkit {
         let listed = &self.settings.buildkit.frontends;
         frontend::asked_for(&String::from_utf8_lossy(&text), &request.build_args, listed)
             .map_err(|problem| ToolError::Failed(Failure::new(FailureReason::Dockerfile, problem)))
+    }
+
+    async fn attempt(&self, arguments: &[OsString], build: &Attempt<'_>) -> Result<Built, Failed> {
+        let output = self.children.output();
+        let failed = |error| Failed { error, words: String::new() };
+        let memory = Memory::new();
+        let command = self.build_command(arguments, build).map_err(failed)?;
+        let ended = self.children.run(command, Show::Events).await;
+        let ended = ended.map_err(|error| failed(cannot_run(&error)))?;
+        output.end_steps();
+        let request = build.request;
+        if !ended.status.success() {
+            let (step, exhausted) = (output.failed_step(), memory.exhausted());
+            let error = failure::of_build(&ended.tail, step.as_ref(), exhausted, &request.push_to);
+            return Err(Failed { error, words: ended.tail });
+        }
+        let digest = self.pushed().map_err(|error| failed(cannot_run(&error)))?;
+        Ok(Built { image: digest.to_string(), platform: request.platform.clone().unwrap_or_default() })
     }
 
     fn metadata(&self) -> PathBuf {
@@ -248,20 +279,30 @@ impl BuildTool for Buildkit {
     }
 
     async fn build(&self, request: &BuildRequest) -> Result<Built, ToolError> {
-        let output = self.children.output();
-        output.restart_steps();
+        self.children.output().restart_steps();
         let address = self.address(request).await?;
-        let policy = self.policy(request).await?;
-        let memory = Memory::new();
-        let command = self.build_command(request, &address, &policy)?;
-        let ended = self.children.run(command, Show::Events).await.map_err(|error| cannot_run(&error))?;
-        output.end_steps();
-        if !ended.status.success() {
-            let step = output.failed_step();
-            return Err(failure::of_build(&ended.tail, step.as_ref(), memory.exhausted(), &request.push_to));
+        let cache = request.cache.as_ref().filter(|_| !request.no_cache);
+        let imports = async { Some(self.imports(cache?).await) };
+        let (policy, imports) = tokio::join!(self.policy(request), imports);
+        let (arguments, imports) = (self.arguments(request, &policy?)?, imports.unwrap_or_default());
+        let begin = |imports| Attempt { request, address: &address, imports };
+        let mut ended = self.attempt(&arguments, &begin(&imports)).await;
+        if let Err(Failed { error, words }) = &ended
+            && !imports.is_empty()
+            && layers::may_be_at_fault(error, words)
+        {
+            self.children.output().say("once more, without the layers of earlier builds");
+            self.children.output().restart_steps();
+            ended = self.attempt(&arguments, &begin(&[])).await;
         }
-        let digest = self.pushed().map_err(|error| cannot_run(&error))?;
-        Ok(Built { image: digest.to_string(), platform: request.platform.clone().unwrap_or_default() })
+        let built = ended.map_err(|failed| failed.error)?;
+        *self.export.lock().unwrap_or_else(PoisonError::into_inner) =
+            self.to_export(request, &address, &arguments);
+        Ok(built)
+    }
+
+    fn export(&self) -> Option<Export> {
+        self.export.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The image is at the registry already, without a name.
@@ -285,9 +326,23 @@ impl BuildTool for Buildkit {
     }
 }
 
+/// buildctl in a work folder, for the daemon at an address.
+pub(crate) fn command(settings: &Settings, work: &Path, address: &str) -> Command {
+    let program = programs::find("buildctl", settings.programs.as_deref());
+    let mut command = Children::command(&program.unwrap_or_else(|| "buildctl".into()), work);
+    command.env("DOCKER_CONFIG", work.join("docker")).args(["--addr", address]);
+    if let Some(tls) = settings.buildkit.tls.as_ref().filter(|_| address.starts_with("tcp://")) {
+        command.arg("--tlscacert").arg(&tls.ca).arg("--tlscert").arg(&tls.cert).arg("--tlskey").arg(&tls.key);
+        if let Some(name) = &tls.server_name {
+            command.arg("--tlsservername").arg(name);
+        }
+    }
+    command
+}
+
 /// `NAME=VALUE`, where the value is a path.
-fn assigned(name: &str, value: &std::ffi::OsStr) -> std::ffi::OsString {
-    let mut argument = std::ffi::OsString::from(format!("{name}="));
+fn assigned(name: &str, value: &OsStr) -> OsString {
+    let mut argument = OsString::from(format!("{name}="));
     argument.push(value);
     argument
 }

@@ -12,6 +12,7 @@ use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::run::RunSecrets;
 use kiln_domain::source::{DockerfileSource, git_login, git_transports};
 use secrecy::ExposeSecret;
+use tokio::process::Command;
 use tokio::time::{Instant, sleep};
 
 use crate::children::{Children, Finished, Show};
@@ -46,6 +47,29 @@ pub(crate) async fn fetch(
     git.get_commit().await?;
     git.must(&["checkout", "--quiet", "--detach", "--force", commit]).await?;
     locate(source, commit, root)
+}
+
+/// The branch that a remote's HEAD is, where it says so; asked with what [`fetch`] wrote into the work folder.
+pub(crate) async fn default_branch(remote: &str, work: &Path, children: &Children) -> Option<String> {
+    let mut command = git(work);
+    command.args(["ls-remote", "--symref", "--", remote, "HEAD"]);
+    let ended = children.run(command, Show::Nothing).await.ok()?;
+    let lines = ended.tail.lines().filter(|_| ended.status.success());
+    let mut heads = lines.filter_map(|line| line.strip_prefix("ref: refs/heads/")?.strip_suffix("\tHEAD"));
+    heads.next().map(str::to_owned)
+}
+
+fn git(work: &Path) -> Command {
+    let mut git = Children::command(Path::new("git"), work);
+    git.env("GIT_DIR", work.join("git"))
+        .env("GIT_WORK_TREE", work.join("source"))
+        .env("GIT_CONFIG_NOSYSTEM", "1")
+        .env("GIT_CONFIG_GLOBAL", work.join("gitconfig"))
+        .env("GIT_TERMINAL_PROMPT", "0")
+        .env("GIT_SSH_COMMAND", "ssh -oBatchMode=yes")
+        .env("GIT_LFS_SKIP_SMUDGE", "1")
+        .env("KILN_GIT_CREDENTIALS", work.join("git-credentials"));
+    git
 }
 
 struct Git<'a> {
@@ -93,16 +117,8 @@ impl Git<'_> {
     }
 
     async fn run(&self, arguments: &[&str]) -> Result<Finished, Failure> {
-        let mut git = Children::command(Path::new("git"), self.work);
-        git.env("GIT_DIR", self.work.join("git"))
-            .env("GIT_WORK_TREE", self.work.join("source"))
-            .env("GIT_CONFIG_NOSYSTEM", "1")
-            .env("GIT_CONFIG_GLOBAL", self.work.join("gitconfig"))
-            .env("GIT_TERMINAL_PROMPT", "0")
-            .env("GIT_SSH_COMMAND", "ssh -oBatchMode=yes")
-            .env("GIT_LFS_SKIP_SMUDGE", "1")
-            .env("KILN_GIT_CREDENTIALS", self.work.join("git-credentials"))
-            .args(arguments);
+        let mut git = git(self.work);
+        git.args(arguments);
         self.children.run(git, Show::Nothing).await.map_err(|error| internal("cannot run git", &error))
     }
 

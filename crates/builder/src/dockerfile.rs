@@ -119,7 +119,8 @@ fn predefined() -> BTreeMap<String, String> {
 }
 
 /// Lines with continuations joined, comments and empty lines left out.
-fn logical_lines(text: &str) -> Vec<String> {
+pub(crate) fn logical_lines(text: &str) -> Vec<String> {
+    let text = without_mark(text);
     let escape = escape_character(text);
     let mut lines = Vec::new();
     let mut joined = String::new();
@@ -145,13 +146,18 @@ fn logical_lines(text: &str) -> Vec<String> {
 }
 
 /// The `# escape=` directive, which must stand among the comments at the top.
-fn escape_character(text: &str) -> char {
-    let directives = text.lines().map_while(|line| line.trim().strip_prefix('#'));
+pub(crate) fn escape_character(text: &str) -> char {
+    let directives = without_mark(text).lines().map_while(|line| line.trim().strip_prefix('#'));
     let mut values = directives.filter_map(|line| {
         let (name, value) = line.split_once('=')?;
         name.trim().eq_ignore_ascii_case("escape").then(|| value.trim().chars().next())?
     });
     values.next().unwrap_or('\\')
+}
+
+/// Without the byte order mark that some editors begin a text with.
+fn without_mark(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text)
 }
 
 fn unquoted(text: &str) -> &str {
@@ -203,6 +209,7 @@ mod tests {
             ("FROM \\\n  # between\n  busybox", &["busybox"]),
             ("# escape=`\nFROM `\nbusybox", &["busybox"]),
             ("FROM a\nARG VERSION\nRUN x \\\nFROM b\nFROM a\nFROM c", &["a", "c"]),
+            ("\u{feff}FROM busybox", &["busybox"]),
             ("", &[]),
             ("FROM", &[]),
             ("FROM $UNKNOWN", &[]),

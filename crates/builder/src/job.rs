@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use kiln_domain::failure::{Failure, FailureReason};
+use kiln_domain::layer_cache::CacheRefs;
 use kiln_domain::limits;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::run::{Base, Findings, Work};
@@ -117,6 +118,7 @@ impl Job<'_> {
             platform: source.platform.clone(),
             images: images.all().cloned().collect(),
             push_to: base_ref.clone(),
+            cache: self.cache(source, base_ref),
             repository: source.remote_uri.clone(),
             path: source.dockerfile().to_owned(),
         };
@@ -135,6 +137,21 @@ impl Job<'_> {
                 Err(error) => self.wait(error, since, base_ref.registry()).await?,
             }
         }
+    }
+
+    /// Where in the registry layers are kept. What not all may see is its owner's; without an owner there is no cache of it.
+    fn cache(&self, source: &DockerfileSource, base_ref: &ImageReference) -> Option<CacheRefs> {
+        let Task { spec, secrets, settings } = self.task;
+        let open = ["https://", "http://", "git://", "file://"];
+        let is_open = secrets.git_password.is_none()
+            && secrets.git_username.is_empty()
+            && secrets.mounts.is_empty()
+            && open.iter().any(|scheme| source.remote_uri.starts_with(scheme));
+        let owner = (!is_open).then_some(spec.owner.as_str());
+        if !settings.layer_cache.enabled || owner.is_some_and(str::is_empty) {
+            return None;
+        }
+        CacheRefs::of(&settings.layer_cache.repository(&base_ref.name()), source, owner).ok()
     }
 
     /// `to_pull` and `to_push`: host → login, of the registries at hand alone.

@@ -5,7 +5,7 @@
 //! - **I ask** the git remote, the build tool and registries.
 //! - **I tell** by standard output (the build's log, unchanged), `target-digest` (before the target is PUT) and
 //!   `outcome.json` (what became of the build).
-//! - **I never** go on without the run's lock, PUT the target of a revoked or cancelled run, or leave a process behind.
+//! - **I never** go on without the run's lock, PUT the target of a revoked or cancelled run, or leave a process of the run behind (what exports layers holds none of its locks, and PUTs no image).
 //!
 //! A run that was cancelled has an outcome of reason INTERNAL that says so. That is for the reader of the folder: whether
 //! a build is *cancelled* is decided by the journal. A run that was revoked, or whose builder got SIGTERM (its host goes
@@ -19,6 +19,7 @@ mod children;
 mod choice;
 mod context;
 mod dockerfile;
+mod export;
 mod folder;
 pub mod inspect;
 mod job;
@@ -47,11 +48,13 @@ use tokio::time::{Instant, timeout};
 pub use crate::base_images::BaseImages;
 pub use crate::buildkit::keep as keep_buildkitd;
 pub use crate::choice::{Tool, choose, missing};
+pub use crate::export::export as export_layers;
 pub use crate::tool::{BuildRequest, BuildTool, Built, ToolError};
 
 use crate::buildah::Buildah;
 use crate::buildkit::Lease;
 use crate::children::Children;
+use crate::export::Aside;
 use crate::folder::{Folder, Task};
 use crate::job::{Job, Progress};
 use crate::lock::{LockError, RunLock};
@@ -98,7 +101,7 @@ pub fn run(run: &Path) -> Exit {
         Err(error) => return broken(&output, &format!("no run in `{}`: {error}", run.display())),
     };
     let lease = lease(&Folder::new(&run));
-    let _lock = match RunLock::take(&run) {
+    let lock = match RunLock::take(&run) {
         Ok(lock) => lock,
         Err(LockError::Held) => return Exit::Held,
         Err(LockError::Io(error)) => return broken(&output, &format!("cannot lock the run: {error}")),
@@ -125,8 +128,23 @@ pub fn run(run: &Path) -> Exit {
     if over {
         runtime.block_on(clear_old(&folder, output))
     } else {
-        runtime.block_on(work(&folder, output, &lease))
+        let (exit, aside) = runtime.block_on(work(&folder, output.clone(), &lease));
+        if let Some(Err(problem)) = aside.map(|aside| start_export(&aside, &lock, &lease)) {
+            output.say(&format!("the build's layers are not exported: {problem}"));
+        }
+        exit
     }
+}
+
+/// What exports the layers goes on when this builder has ended, with the daemon, but not with the run.
+fn start_export(
+    aside: &Aside,
+    lock: &RunLock,
+    lease: &Result<Option<Arc<Lease>>, String>,
+) -> std::io::Result<()> {
+    lock.keep_from_children()?;
+    let _handed = lease.iter().flatten().map(|lease| lease.hand_down()).collect::<Result<Vec<_>, _>>()?;
+    aside.start()
 }
 
 /// Takes Kiln's own BuildKit daemon into use, where this run is one for it.
@@ -146,7 +164,12 @@ fn broken(output: &Output, problem: &str) -> Exit {
     Exit::Broken
 }
 
-async fn work(folder: &Folder, output: Output, lease: &Result<Option<Arc<Lease>>, String>) -> Exit {
+/// How it ended, and what is to be exported after that.
+async fn work(
+    folder: &Folder,
+    output: Output,
+    lease: &Result<Option<Arc<Lease>>, String>,
+) -> (Exit, Option<Aside>) {
     let begun = Instant::now();
     let prepared = folder.task().map_err(|error| describe(&error)).and_then(|task| {
         let children = Children::new(output.clone()).map_err(|error| describe(&error))?;
@@ -157,11 +180,8 @@ async fn work(folder: &Folder, output: Output, lease: &Result<Option<Arc<Lease>>
         Err(problem) => {
             let failure =
                 Failure::new(FailureReason::Internal, format!("the builder cannot begin: {problem}"));
-            return leave(
-                folder,
-                &output,
-                &Outcome { result: RunResult::Failed(failure), findings: Default::default() },
-            );
+            let outcome = Outcome { result: RunResult::Failed(failure), findings: Default::default() };
+            return (leave(folder, &output, &outcome), None);
         }
     };
     let deadline = begun + task.spec.timeout();
@@ -201,7 +221,7 @@ async fn work(folder: &Folder, output: Output, lease: &Result<Option<Arc<Lease>>
         Err(stop) if stop.is_loss() => {
             output.say(&format!("stopped: {}", stop.failure(task.spec.timeout(), &steps).message));
             clear(folder, &task, &children, &progress).await;
-            return Exit::Lost;
+            return (Exit::Lost, None);
         }
         Err(stop) => RunResult::Failed(stop.failure(task.spec.timeout(), &steps)),
     };
@@ -212,9 +232,10 @@ async fn work(folder: &Folder, output: Output, lease: &Result<Option<Arc<Lease>>
     progress.findings.steps = steps;
     let outcome = Outcome { result, findings: std::mem::take(&mut progress.findings) };
     let exit = leave(folder, &output, &outcome);
+    let aside = if exit == Exit::Pushed { put_aside(folder, &output, &progress) } else { None };
     clear(folder, &task, &children, &progress).await;
     // On a full disk there may be room for it only now.
-    if exit == Exit::Broken { leave(folder, &output, &outcome) } else { exit }
+    (if exit == Exit::Broken { leave(folder, &output, &outcome) } else { exit }, aside)
 }
 
 fn leave(folder: &Folder, output: &Output, outcome: &Outcome) -> Exit {
@@ -223,6 +244,12 @@ fn leave(folder: &Folder, output: &Output, outcome: &Outcome) -> Exit {
         (Ok(()), RunResult::Failed(_)) => Exit::Failed,
         (Err(error), _) => broken(output, &format!("cannot write the outcome: {error}")),
     }
+}
+
+fn put_aside(folder: &Folder, output: &Output, progress: &Progress) -> Option<Aside> {
+    let export = progress.tool.as_ref()?.export()?;
+    let aside = export.put_aside(&folder.work());
+    aside.inspect_err(|error| output.say(&format!("the build's layers are not exported: {error}"))).ok()
 }
 
 async fn clear(folder: &Folder, task: &Task, children: &Children, progress: &Progress) {

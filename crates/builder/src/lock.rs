@@ -16,7 +16,7 @@ const INHERITED: i32 = 200;
 ///
 /// Its file descriptor is inherited by each child, so that git, the build tool and the steps hold it too.
 pub(crate) struct RunLock {
-    _inherited: OwnedFd,
+    inherited: OwnedFd,
     /// Not inherited: it says whether the builder itself lives.
     _builder: File,
 }
@@ -54,7 +54,14 @@ impl RunLock {
         let builder = open(&run.join(run_folder::BUILDER_LOCK)).map_err(LockError::Io)?;
         // Free but for an observer's short look: whoever has the run's lock has this one.
         flock(&builder, FlockOperation::LockExclusive)?;
-        Ok(Self { _inherited: inherited, _builder: builder })
+        Ok(Self { inherited, _builder: builder })
+    }
+}
+
+impl RunLock {
+    /// From now on no child is given the lock any more: for one that is to outlive the run.
+    pub(crate) fn keep_from_children(&self) -> io::Result<()> {
+        Ok(fcntl_setfd(&self.inherited, FdFlags::CLOEXEC)?)
     }
 }
 

@@ -13,6 +13,8 @@ use crate::folder::write_private;
 
 /// Under which Docker keeps the credentials for Docker Hub.
 const HUB_KEY: &str = "https://index.docker.io/v1/";
+/// Of the names of files with a build's secrets.
+const PREFIX: &str = "secret-";
 const HUB_NAMES: [&str; 3] = ["docker.io", "index.docker.io", "registry-1.docker.io"];
 
 /// Docker's `config.json` (and so containers-auth.json(5)): one entry for each host that the build may use, no other.
@@ -42,6 +44,17 @@ pub(crate) fn mounts(
     secrets.iter().map(|(id, content)| Ok((id.clone(), mount(id, content, work)?))).collect()
 }
 
+/// Removes what [`mounts`] wrote.
+pub(crate) fn remove(work: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(work)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 fn mount(id: &str, content: &SecretString, work: &Path) -> Result<PathBuf, Failure> {
     let refuse = |problem: String| Failure::new(FailureReason::Internal, format!("secret `{id}` {problem}"));
     if id.is_empty() || !id.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b)) {
@@ -49,7 +62,7 @@ fn mount(id: &str, content: &SecretString, work: &Path) -> Result<PathBuf, Failu
     }
     let bytes = base64::engine::general_purpose::STANDARD.decode(content.expose_secret());
     let bytes = bytes.map_err(|_| refuse("is not base64".into()))?;
-    let file = work.join(format!("secret-{id}"));
+    let file = work.join(format!("{PREFIX}{id}"));
     write_private(&file, &bytes).map_err(|error| refuse(format!("cannot be written: {error}")))?;
     Ok(file)
 }

@@ -5,9 +5,12 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 use kiln_domain::failure::{Failure, FailureReason};
+use kiln_domain::layer_cache::CacheRefs;
 use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::registries::Registries;
+
+use crate::export::Export;
 
 /// How the registries that a Dockerfile is built with are reached.
 pub(crate) struct Ways<'a> {
@@ -35,6 +38,8 @@ pub struct BuildRequest {
     pub path: String,
     /// Where the image is going to be pushed.
     pub push_to: ImageReference,
+    /// Where layers of earlier builds may be found, and its own are to be left.
+    pub cache: Option<CacheRefs>,
 }
 
 /// An image that a build tool has made and keeps.
@@ -80,6 +85,11 @@ pub trait BuildTool: Send + Sync {
 
     /// Executes the Dockerfile; the steps go to the run's output.
     async fn build(&self, request: &BuildRequest) -> Result<Built, ToolError>;
+
+    /// What is to be done of the build that has succeeded last, once this builder has ended.
+    fn export(&self) -> Option<Export> {
+        None
+    }
 
     /// Pushes a built image, and gives the digest that it has in the registry.
     async fn push(&self, built: &Built, to: &ImageReference) -> Result<Digest, ToolError>;

@@ -8,6 +8,7 @@ pub mod failure;
 pub mod finding;
 pub mod hash;
 pub mod id;
+pub mod layer_cache;
 pub mod limits;
 pub mod mask;
 pub mod platform;

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 
+use crate::layer_cache::LayerCache;
 use crate::registries::Registries;
 use crate::run::RunSecrets;
 
@@ -105,6 +106,8 @@ pub struct Settings {
     pub builder: Builder,
     #[serde(default)]
     pub buildkit: Buildkit,
+    #[serde(default)]
+    pub layer_cache: LayerCache,
     /// How registries are reached.
     #[serde(default)]
     pub registries: Registries,
@@ -127,6 +130,7 @@ impl Settings {
         Self {
             builder: Builder::default(),
             buildkit: Buildkit::default(),
+            layer_cache: LayerCache::default(),
             registries: Registries::default(),
             programs: None,
             storage,

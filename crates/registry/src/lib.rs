@@ -21,6 +21,7 @@ mod manifest;
 mod repository;
 mod resolve;
 mod retry;
+mod tags;
 mod token;
 mod tokens;
 mod trust;
@@ -37,6 +38,7 @@ pub use crate::access::{
 pub use crate::error::{Error, Problem};
 pub use crate::http::Config;
 use crate::http::Http;
+pub use crate::tags::Tagged;
 use crate::tokens::Tokens;
 
 /// Called with the digest of the manifest that is about to be put. What it returns is dropped when that attempt is over:

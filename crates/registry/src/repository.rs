@@ -67,6 +67,17 @@ impl<'a> Repository<'a> {
         Self::new(client, reference, access, &**keychain, scopes)
     }
 
+    /// To remove from, too.
+    pub(crate) fn keeper(
+        client: &'a OciRegistry,
+        reference: &'a ImageReference,
+        access: &'a Access,
+    ) -> Result<Self, Error> {
+        let scope = format!("repository:{}:delete,pull,push", reference.repository());
+        let keychain = access.push_keychain.as_ref().unwrap_or(&access.keychain);
+        Self::new(client, reference, access, &**keychain, vec![scope])
+    }
+
     fn new(
         client: &'a OciRegistry,
         reference: &'a ImageReference,

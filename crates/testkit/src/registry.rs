@@ -287,6 +287,14 @@ impl DockerRegistry {
         Ok(Some(answer.error_for_status()?.bytes().await?.to_vec()))
     }
 
+    /// Removes a blob of a repository, whatever refers to it.
+    pub async fn delete_blob(&self, repository: &str, digest: &str) -> Result<()> {
+        let url = format!("{}/v2/{repository}/blobs/{digest}", self.url());
+        let answer = self.as_user(self.client.delete(url)).send().await?;
+        ensure!(answer.status() == 202, "blob {digest} of {repository}: {}", answer.text().await?);
+        Ok(())
+    }
+
     fn url(&self) -> String {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
         format!("{scheme}://{}", self.address)

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use kiln_domain::id::{BuildId, ImageKey, RunId};
+use kiln_domain::layer_cache::LayerCache;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::registries::Registries;
 use kiln_domain::run::{RunSpec, Work};
@@ -27,6 +28,7 @@ pub struct Workshop {
     folder: TempDir,
     made: AtomicU64,
     builder: Builder,
+    layer_cache: LayerCache,
 }
 
 /// A repository with one commit.
@@ -52,6 +54,7 @@ impl Workshop {
             folder,
             made: AtomicU64::new(0),
             builder: Builder::Buildah,
+            layer_cache: LayerCache { enabled: false, ..LayerCache::default() },
         })
     }
 
@@ -59,6 +62,34 @@ impl Workshop {
     pub fn using(mut self, builder: Builder) -> Self {
         self.builder = builder;
         self
+    }
+
+    /// The same with layers kept in a registry, which else they aren't.
+    pub fn keeping_layers(mut self, layer_cache: LayerCache) -> Self {
+        self.layer_cache = layer_cache;
+        self
+    }
+
+    /// Ends BuildKit's daemon, if there is one, and removes all layers that it kept.
+    pub fn forget_layers(&self) -> Result<()> {
+        end_buildkit(&self.storage());
+        match std::fs::remove_dir_all(self.storage().join("buildkit")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// The log of what brings layers into the registry; empty where none did yet.
+    pub fn exports(&self) -> String {
+        std::fs::read_to_string(self.storage().join("layer-cache/exports.log")).unwrap_or_default()
+    }
+
+    /// What waits to be brought into the registry, or is being.
+    pub fn exporting(&self) -> Result<usize> {
+        let folder = self.storage().join("layer-cache");
+        let entries =
+            if folder.exists() { std::fs::read_dir(folder)?.flatten().collect() } else { Vec::new() };
+        Ok(entries.iter().filter(|entry| entry.path().is_dir()).count())
     }
 
     /// One whose builds are done by BuildKit; none where that isn't there, which is said on standard error.
@@ -77,6 +108,20 @@ impl Workshop {
 
     /// A repository with these files, and the static `busybox` in its root and in each folder named in `busybox_in`.
     pub fn repository(&self, files: &[(&str, &str)], busybox_in: &[&str]) -> Result<Repository> {
+        self.repository_prepared(files, |path| {
+            busybox_in.iter().try_for_each(|folder| {
+                let copied = std::fs::copy("/bin/busybox", path.join(folder).join("busybox"));
+                copied.map(drop).context("busybox-static is missing")
+            })
+        })
+    }
+
+    /// A repository with these files, and what `prepare` does in its folder.
+    pub fn repository_prepared(
+        &self,
+        files: &[(&str, &str)],
+        prepare: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Repository> {
         let path = self.folder.path().join(format!("repository-{}", self.next()));
         std::fs::create_dir_all(&path)?;
         for (name, content) in files {
@@ -84,10 +129,7 @@ impl Workshop {
             std::fs::create_dir_all(file.parent().context("a file without a folder")?)?;
             std::fs::write(file, content)?;
         }
-        for folder in busybox_in {
-            std::fs::copy("/bin/busybox", path.join(folder).join("busybox"))
-                .context("busybox-static is missing")?;
-        }
+        prepare(&path)?;
         git(&path, &["init", "--quiet", "--initial-branch", "main"])?;
         let mut repository =
             Repository { uri: format!("file://{}", path.display()), path, commit: String::new() };
@@ -148,6 +190,7 @@ impl Workshop {
         settings.registries.clone_from(&self.registries);
         settings.programs = tools_folder();
         settings.buildkit.idle_seconds = 60;
+        settings.layer_cache.clone_from(&self.layer_cache);
         settings
     }
 

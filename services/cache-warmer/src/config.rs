@@ -32,6 +32,12 @@ pub struct Config {
     pub refreshes_per_minute: u32,
     /// Of the images that are kept warm, so many bytes are also pulled into the store of this host's builds; 0 pulls none.
     pub pull_bytes: u64,
+    /// After so long, layers that builds left in the registry are given up; a build that uses them writes them anew.
+    pub layers_max_age_hours: u64,
+    /// So many bytes of them may be there; the oldest go first.
+    pub layers_max_bytes: u64,
+    /// How often it is looked.
+    pub layers_sweep_seconds: u64,
 }
 
 impl Default for Config {
@@ -46,6 +52,9 @@ impl Default for Config {
             used_interval_seconds: 60,
             refreshes_per_minute: 120,
             pull_bytes: 0,
+            layers_max_age_hours: 14 * 24,
+            layers_max_bytes: 50_000_000_000,
+            layers_sweep_seconds: 60 * 60,
         }
     }
 }
@@ -70,6 +79,8 @@ impl Config {
             ("used_half_life_seconds", self.used_half_life_seconds),
             ("used_interval_seconds", self.used_interval_seconds),
             ("refreshes_per_minute", self.refreshes_per_minute.into()),
+            ("layers_max_age_hours", self.layers_max_age_hours),
+            ("layers_sweep_seconds", self.layers_sweep_seconds),
         ] {
             if value == 0 {
                 problems.push(format!("{key}: must be at least 1"));

@@ -6,12 +6,14 @@
 //! - *I ask* the resolver for each image, and to refresh an answer that is about to become too old.
 //! - *I tell* the metrics how old each answer is, and how often there was none.
 //! - *I have* the images pulled into the store of this host's builds, where there is one.
-//! - *I never* speak to a registry. Any number of me may run: whoever finds an answer too old refreshes it, and the others
+//! - *I give up* the layers that builds left in a registry, where they are old or too many.
+//! - *I never* speak to a registry myself. Any number of me may run: whoever finds an answer too old refreshes it, and the others
 //!   find it young.
 
 mod budget;
 mod choice;
 mod config;
+mod layers;
 mod metrics;
 mod shelf;
 mod store;
@@ -32,6 +34,7 @@ use tokio_util::task::TaskTracker;
 use crate::budget::Budget;
 use crate::choice::{BUILDS_LOOKED_AT, Choice};
 pub use crate::config::Config;
+pub use crate::layers::{CachedLayers, LayerCaches};
 use crate::metrics::Metrics;
 use crate::shelf::Shelf;
 use crate::store::Stock;
@@ -47,6 +50,8 @@ pub struct Parts {
     pub metrics: Registry,
     /// The store of this host's builds, if images are to be pulled into it.
     pub store: Option<Arc<dyn Store>>,
+    /// Where builds leave their layers, if that is to be looked after.
+    pub layers: Option<Arc<dyn LayerCaches>>,
 }
 
 /// Keeps the images warm until `stop`. `ready` is called once it is under way, with what is counted. An error names what is
@@ -63,7 +68,7 @@ pub async fn run(
         "the cache-warmer's configuration is wrong: {}",
         problems.join("; ")
     );
-    let Parts { bus, metrics: mut counted, store } = parts;
+    let Parts { bus, metrics: mut counted, store, layers } = parts;
     let means = Means {
         metrics: Metrics::register(&mut counted),
         shelf: Shelf::default(),
@@ -79,6 +84,10 @@ pub async fn run(
     if let Some(store) = store.filter(|_| config.pull_bytes > 0) {
         let stock = Stock::new(store, &means, config.pull_bytes);
         tasks.spawn(ended.clone().run_until_cancelled_owned(stock.keep(config.interval())));
+    }
+    if let Some(layers) = layers {
+        let sweeping = layers::keep_in_bounds(layers, config.clone(), means.metrics.clone());
+        tasks.spawn(ended.clone().run_until_cancelled_owned(sweeping));
     }
     Choice::new(&config, &means).keep(&view, &stop).await;
     server.drain().await;

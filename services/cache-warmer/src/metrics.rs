@@ -21,6 +21,8 @@ pub(crate) struct Metrics {
     pub(crate) over_budget: Family<Image, Counter>,
     pub(crate) pulled: Counter,
     pub(crate) stored: Gauge,
+    pub(crate) layers: Gauge,
+    pub(crate) layers_removed: Counter,
 }
 
 impl Metrics {
@@ -32,6 +34,8 @@ impl Metrics {
             over_budget: Family::default(),
             pulled: Counter::default(),
             stored: Gauge::default(),
+            layers: Gauge::default(),
+            layers_removed: Counter::default(),
         };
         let age = "Age of the resolver's answer, at the last look";
         registry.register_with_unit("refs_age", age, Unit::Seconds, metrics.age.clone());
@@ -43,6 +47,10 @@ impl Metrics {
         registry.register("refs_pulled", "Images pulled into the store of builds", metrics.pulled.clone());
         let stored = "Bytes that were pulled for the images in the store of builds";
         registry.register_with_unit("refs_stored", stored, Unit::Bytes, metrics.stored.clone());
+        let layers = "Bytes of the layers that builds left in the registry, as if none was shared";
+        registry.register_with_unit("layers", layers, Unit::Bytes, metrics.layers.clone());
+        let removed = "Caches of layers that were given up";
+        registry.register("layers_removed", removed, metrics.layers_removed.clone());
         metrics
     }
 

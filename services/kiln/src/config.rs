@@ -11,6 +11,7 @@ use kiln_bus::seal::{OpenKey, SealKey};
 use kiln_bus::{Connect, Lease};
 use kiln_chassis::config::{self, Environment, Problem};
 use kiln_chassis::telemetry;
+use kiln_domain::layer_cache::LayerCache;
 use kiln_domain::reference::ImageReference;
 use kiln_domain::registries::Registries;
 use kiln_domain::run_folder::{Builder, Buildkit};
@@ -203,6 +204,8 @@ pub(crate) struct LocalEngine {
     /// `auto`, `buildkit` or `buildah`.
     pub(crate) builder: Builder,
     pub(crate) buildkit: Buildkit,
+    /// The layers of builds in a registry.
+    pub(crate) layer_cache: LayerCache,
 }
 
 impl Default for Nats {
@@ -250,6 +253,7 @@ impl Default for LocalEngine {
             isolation: None,
             builder: Builder::default(),
             buildkit: Buildkit::default(),
+            layer_cache: LayerCache::default(),
         }
     }
 }
@@ -263,6 +267,9 @@ impl Config {
         };
         section("credentials", self.credentials.problems());
         section("registries", self.registries.problems());
+        if let Some(local) = self.engine.local() {
+            section("engine.local.layer_cache", local.layer_cache.problems());
+        }
         let needs = |role| roles.contains(&role);
         if let Some(gateway) = &self.gateway {
             section("gateway", gateway.problems());

@@ -50,6 +50,9 @@ enum Command {
     /// Keep a BuildKit daemon for as long as builders use it: a builder starts this
     #[command(hide = true)]
     KeepBuildkitd(roles::keep_buildkitd::Options),
+    /// Bring a build's layers into the registry's cache: a builder starts this
+    #[command(hide = true)]
+    ExportLayers(roles::export_layers::Options),
     /// Become a program that ends with its parent: `kiln up` starts this
     #[command(hide = true)]
     Supervise(roles::supervise::Options),
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Command::Doctor(options) => process::command(doctor::run(options)),
         Command::Builder(options) => roles::builder::run(&options),
         Command::KeepBuildkitd(options) => roles::keep_buildkitd::run(&options),
+        Command::ExportLayers(options) => roles::export_layers::run(&options),
         Command::Supervise(options) => roles::supervise::run(&options),
     }
 }

@@ -87,7 +87,7 @@ pub(super) fn of_build(
 
 /// Without the dump of its own structures that buildah puts behind some messages.
 fn without_dump(error: &str) -> &str {
-    const DUMPS: [&str; 3] = [" &imagebuilder.", "copier.request{", "(*idtools."];
+    const DUMPS: [&str; 4] = [" {Value:", " &imagebuilder.", "copier.request{", "(*idtools."];
     let end = DUMPS.iter().filter_map(|dump| error.find(dump)).min();
     let text = end.and_then(|end| error.get(..end)).unwrap_or(error);
     if end.is_some() { text.trim_end().trim_end_matches([':', '"', '(', '{']).trim_end() } else { text }
@@ -116,6 +116,8 @@ fn is_dockerfile_error(error: &str) -> bool {
         "no contents in",
         "was not found in the provided Dockerfile",
         "invalid reference format",
+        "repository name must be lowercase",
+        "resolving step {",
         "nknown instruction",
         "parse error",
         "parsing",

@@ -5,6 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -12,7 +13,7 @@ use std::time::Duration;
 
 use kiln_domain::run_folder::Settings;
 use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use rustix::io::{Errno, FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use tokio::time::{Instant, sleep};
 
 use crate::folder::write_private;
@@ -22,6 +23,8 @@ const STARTING: Duration = Duration::from_secs(60);
 /// How long a keeper may take to be there.
 const KEEPER: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(20);
+/// The lowest number of the file that is handed down.
+const HANDED_DOWN: i32 = 200;
 /// sockaddr_un(7): the longest path of a socket.
 const SOCKET_BYTES: usize = 107;
 
@@ -84,7 +87,7 @@ impl Place {
 /// The daemon is in use until this is dropped.
 pub(crate) struct Lease {
     place: Place,
-    _users: File,
+    users: File,
 }
 
 impl Lease {
@@ -106,7 +109,15 @@ impl Lease {
         if !place.is_kept()? {
             start_keeper(&place, settings)?;
         }
-        Ok(Self { place, _users: users })
+        Ok(Self { place, users })
+    }
+
+    /// A file that is passed on to children of this process while it is open: the daemon is in use for as long as one of them
+    /// lives.
+    pub(crate) fn hand_down(&self) -> io::Result<OwnedFd> {
+        let handed = fcntl_dupfd_cloexec(&self.users, HANDED_DOWN)?;
+        fcntl_setfd(&handed, FdFlags::empty())?;
+        Ok(handed)
     }
 
     /// Waits until the daemon answers; its address.

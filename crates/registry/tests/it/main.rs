@@ -12,6 +12,7 @@ mod credentials;
 mod faults;
 mod inspect;
 mod resolve;
+mod tags;
 mod tokens;
 mod trust;
 

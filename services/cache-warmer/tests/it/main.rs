@@ -2,6 +2,7 @@
 
 #![cfg(test)]
 
+mod layers;
 mod store;
 
 use std::collections::HashMap;
@@ -12,7 +13,7 @@ use kiln_bus::journal::Journal;
 use kiln_bus::layout::Layout;
 use kiln_bus::serve::Server;
 use kiln_bus::{Bus, Connect};
-use kiln_cache_warmer::{Config, Parts, Store, run};
+use kiln_cache_warmer::{Config, LayerCaches, Parts, Store, run};
 use kiln_contract::cache_warmer::{ListWarm, WarmImage};
 use kiln_contract::error::{Code, Refusal};
 use kiln_contract::resolver::{ResolveImage, ResolvedImage};
@@ -116,12 +117,18 @@ struct Warmers {
 impl Warmers {
     /// Starts one; returns what it counts.
     async fn start(&mut self, bus: &Bus, config: Config) -> Registry {
-        self.start_with(bus, config, None).await
+        self.start_with(bus, config, None, None).await
     }
 
     /// The same, where builds have a store.
-    async fn start_with(&mut self, bus: &Bus, config: Config, store: Option<Arc<dyn Store>>) -> Registry {
-        let parts = Parts { bus: bus.clone(), metrics: Registry::default(), store };
+    async fn start_with(
+        &mut self,
+        bus: &Bus,
+        config: Config,
+        store: Option<Arc<dyn Store>>,
+        layers: Option<Arc<dyn LayerCaches>>,
+    ) -> Registry {
+        let parts = Parts { bus: bus.clone(), metrics: Registry::default(), store, layers };
         let (stop, (ready, counted)) = (self.stop.clone(), oneshot::channel());
         self.running.spawn(async move {
             run(config, parts, |metrics| drop(ready.send(metrics)), stop).await.unwrap();
@@ -188,7 +195,7 @@ async fn a_resolver_that_comes_later_is_asked_then() {
 #[tokio::test]
 async fn a_wrong_ref_is_named_by_its_key() {
     let (_nats, bus) = bus().await;
-    let parts = Parts { bus, metrics: Registry::default(), store: None };
+    let parts = Parts { bus, metrics: Registry::default(), store: None, layers: None };
     let error = run(config(&["r.io/a:1", "a//b"]), parts, drop, CancellationToken::new()).await.unwrap_err();
     let error = error.to_string();
     assert!(error.contains("refs[1]: cannot parse image ref `a//b`"), "{error}");

@@ -53,7 +53,7 @@ async fn what_is_kept_warm_is_pulled_once_and_no_more_than_there_is_room_for() {
     let mut warmers = Warmers::default();
     let refs = ["r.io/large:1", "r.io/private:1", "r.io/a:1", "r.io/b:1", "r.io/c:1", "r.io/d:1"];
     let config = Config { pull_bytes: 399, ..config(&refs) };
-    let metrics = warmers.start_with(&bus, config, Some(store.clone())).await;
+    let metrics = warmers.start_with(&bus, config, Some(store.clone()), None).await;
     let pulled = |done: &[String], name: &str| done.iter().filter(|done| *done == name).count();
     let of_four = |done: &[String]| ["pull a", "pull b", "pull c", "pull d"].map(|name| pulled(done, name));
     store.until(|done| of_four(done).iter().sum::<usize>() == 3 && pulled(done, "pull private") == 1).await;
@@ -78,7 +78,7 @@ async fn what_builds_no_longer_use_is_given_up() {
     let store = Arc::new(Played::default());
     let mut warmers = Warmers::default();
     let config = Config { used_images: 2, used_interval_seconds: 1, pull_bytes: 1_000, ..config(&[]) };
-    warmers.start_with(&bus, config, Some(store.clone())).await;
+    warmers.start_with(&bus, config, Some(store.clone()), None).await;
     let has = |done: &[String], name: &str| done.iter().any(|done| done == name);
     store.until(|done| has(done, "pull old")).await;
     for image in ["two", "three", "four"] {

@@ -36,6 +36,7 @@ pub(crate) fn settings(local: &LocalEngineConfig, layers: PathBuf) -> Settings {
     }
     settings.builder = local.builder;
     settings.buildkit.clone_from(&local.buildkit);
+    settings.layer_cache.clone_from(&local.layer_cache);
     settings.programs = bootstrap_folder();
     settings
 }

@@ -4,6 +4,7 @@ pub(crate) mod builder;
 pub(crate) mod cache_warmer;
 pub(crate) mod credentials;
 pub(crate) mod engine;
+pub(crate) mod export_layers;
 pub(crate) mod gateway;
 pub(crate) mod host;
 pub(crate) mod keep_buildkitd;
