@@ -24,6 +24,7 @@ use kiln_domain::registries::Registries;
 use kiln_domain::run_folder::Settings;
 use secrecy::SecretString;
 use tokio::process::Command;
+use tokio::time::Instant;
 
 pub(crate) use self::storage::{Storage, boot_id};
 use crate::children::{Children, Show, home};
@@ -167,15 +168,15 @@ impl Buildah {
     /// Removes what a builder left that died: also the container that its buildah had made, and not yet noted whose it is.
     pub(crate) async fn clear_after_death(&self) -> bool {
         let storage = self.storage();
-        let nobodys = loop {
-            // Those of buildahs that live are noted within milliseconds.
-            let unnoted = storage.unnoted();
-            if unnoted.iter().all(|(_, age)| *age >= NOTED_WITHIN) {
-                break unnoted.into_iter().map(|(container, _)| container);
-            }
+        // Those of buildahs that live are noted, or gone, within milliseconds.
+        let (mut nobodys, since) = (storage.unnoted(), Instant::now());
+        while !nobodys.is_empty() && since.elapsed() < NOTED_WITHIN {
             tokio::time::sleep(LOOK).await;
-        };
-        self.remove_containers(nobodys.chain(self.leftover_containers()).collect()).await
+            let unnoted = storage.unnoted();
+            nobodys.retain(|container| unnoted.contains(container));
+        }
+        nobodys.extend(self.leftover_containers());
+        self.remove_containers(nobodys).await
     }
 
     /// Whether none is left.

@@ -1,17 +1,14 @@
 //! Where buildah keeps layers and containers, for all builds of the installation: what lies there, read without buildah.
 
-use std::collections::BTreeMap;
-use std::fs::Metadata;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
-use jiff::Timestamp;
 use kiln_domain::run_folder::Settings;
 use serde::Deserialize;
 use tokio::process::Command;
 
-/// In the folder of containers: the containers that there are.
-const LIST: &str = "containers.json";
+/// In the folder of containers: the containers that there are. (The second is of newer releases.)
+const LISTS: [&str; 2] = ["containers.json", "volatile-containers.json"];
 /// In a container's folder: what buildah knows of it.
 const NOTE: &str = "userdata/buildah.json";
 
@@ -19,7 +16,6 @@ const NOTE: &str = "userdata/buildah.json";
 #[derive(Deserialize)]
 struct Listed {
     id: String,
-    created: Timestamp,
 }
 
 /// The storage that an installation's builds share.
@@ -78,21 +74,19 @@ impl Storage {
             .collect()
     }
 
-    /// The containers of which buildah has not noted anything, each with its age. It makes a container and notes it some
-    /// milliseconds later; one that was killed between leaves it so.
-    pub(crate) fn unnoted(&self) -> Vec<(String, Duration)> {
+    /// The containers that buildah has, and has not noted anything of. It makes a container and notes it some milliseconds
+    /// later; one that was killed between leaves it so. (It removes the note, too, before the container.)
+    pub(crate) fn unnoted(&self) -> BTreeSet<String> {
         let folder = self.container_folders();
-        let list = std::fs::read(folder.join(LIST)).unwrap_or_default();
-        let listed: Vec<Listed> = serde_json::from_slice(&list).unwrap_or_default();
-        let listed = listed.into_iter().map(|Listed { id, created }| (id, SystemTime::from(created)));
-        let folders = std::fs::read_dir(&folder).into_iter().flatten().flatten().filter_map(|entry| {
-            let made = entry.metadata().ok().filter(Metadata::is_dir)?.modified().ok()?;
-            Some((entry.file_name().into_string().ok()?, made))
-        });
-        // Of one that is both, the list knows the age: what is written to its folder makes that younger.
-        let all: BTreeMap<String, SystemTime> = folders.chain(listed).collect();
-        let unnoted = all.into_iter().filter(|(container, _)| !folder.join(container).join(NOTE).exists());
-        unnoted.map(|(container, made)| (container, made.elapsed().unwrap_or_default())).collect()
+        self.listed().into_iter().filter(|container| !folder.join(container).join(NOTE).exists()).collect()
+    }
+
+    fn listed(&self) -> BTreeSet<String> {
+        let read = |list| {
+            let list = std::fs::read(self.container_folders().join(list)).unwrap_or_default();
+            serde_json::from_slice::<Vec<Listed>>(&list).unwrap_or_default()
+        };
+        LISTS.into_iter().flat_map(read).map(|listed| listed.id).collect()
     }
 
     fn container_folders(&self) -> PathBuf {
@@ -112,8 +106,7 @@ impl Storage {
     }
 
     fn lists(&self, container: &str) -> bool {
-        let list = std::fs::read_to_string(self.container_folders().join(LIST));
-        list.is_ok_and(|list| list.contains(&format!("\"{container}\"")))
+        self.listed().contains(container)
     }
 
     /// The run roots of other boots than this one.
@@ -147,10 +140,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_buildah_has_not_noted_is_found_with_its_age() {
+    fn what_buildah_has_and_not_noted_is_found() {
         let folder = tempfile::tempdir().unwrap();
         let storage = Storage::of(&Settings::new(folder.path().to_owned()));
-        assert_eq!(storage.unnoted(), []);
+        assert!(storage.unnoted().is_empty());
         let containers = storage.container_folders();
         for (container, file) in
             [("noted", NOTE), ("begun", "userdata/.tmp-buildah.json7"), ("forgotten", "x/y")]
@@ -159,16 +152,12 @@ mod tests {
             std::fs::create_dir_all(file.parent().unwrap()).unwrap();
             std::fs::write(file, "{}").unwrap();
         }
-        let listed = ["noted", "begun", "bare"]
-            .map(|id| format!(r#"{{"id":"{id}","created":"2026-01-01T00:00:00Z","flags":{{}}}}"#));
-        std::fs::write(containers.join(LIST), format!("[{}]", listed.join(","))).unwrap();
-        let unnoted = storage.unnoted();
-        let old = |(id, age): &(String, Duration)| (id.clone(), age.as_secs() >= 300);
-        let expected = [("bare", true), ("begun", true), ("forgotten", false)];
-        assert_eq!(
-            unnoted.iter().map(old).collect::<Vec<_>>(),
-            expected.map(|(id, old)| (id.to_owned(), old))
-        );
+        for (list, ids) in LISTS.into_iter().zip([["noted", "begun"], ["bare", "bare"]]) {
+            let listed = ids.map(|id| format!(r#"{{"id":"{id}","names":["x"],"flags":{{}}}}"#));
+            std::fs::write(containers.join(list), format!("[{}]", listed.join(","))).unwrap();
+        }
+        assert_eq!(storage.unnoted().into_iter().collect::<Vec<_>>(), ["bare", "begun"]);
+        assert!(storage.lists("bare") && !storage.lists("forgotten"));
     }
 
     #[test]
