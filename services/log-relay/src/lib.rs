@@ -74,9 +74,10 @@ pub async fn run(
     let host = engine.host().context("learn which host the builders are bound to")?;
     let seal_key = open_key.seal_key();
     let member = Member { role: ROLE, life: &life, host: host.as_deref(), seal_key: Some(&seal_key) };
-    let holders = Holders::start(&bus, member, lease, &tasks).await.context("take a lease")?;
     let journal = Journal::open(&bus).await.context("open the journal")?;
     let secrets = SecretsBucket::open(&bus).await.context("open the secrets")?;
+    // Last: what fails before it leaves no lease that somebody would wait for.
+    let holders = Holders::start(&bus, member, lease, &tasks).await.context("take a lease")?;
     let logs = Logs::new(&bus);
     let shared =
         Arc::new(Shared { config, logs, secrets, engine, open_key, holders: holders.clone(), metrics });

@@ -52,6 +52,14 @@ struct Attempt {
 /// the stream and with every follower, and of hundreds of builders that write line by line these would be all that anybody
 /// does. After a pause the first bytes are passed on at once.
 const GATHER: Duration = Duration::from_millis(40);
+/// What an attempt told of itself.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Told {
+    NotStarted,
+    Nothing,
+    Something,
+}
+
 /// A run that the journal calls started and the engine doesn't know is looked for again after this long.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
@@ -60,10 +68,10 @@ impl Reading {
     pub(crate) async fn run(mut self, from: Source) -> Result<(), Trouble> {
         let Source { attempt: mut number, mut cursor } = from;
         loop {
-            let started = self.attempt(number, cursor).await?;
+            let told = self.attempt(number, cursor).await?;
             let record = self.entries.borrow().record.clone();
             if record.attempt <= number {
-                let last_words = self.last_words(&record, started);
+                let last_words = self.last_words(&record, told);
                 return self.output.complete(last_words.as_deref()).await;
             }
             let line = format!("attempt {number} was lost; attempt {} follows", number + 1);
@@ -74,15 +82,15 @@ impl Reading {
         }
     }
 
-    /// Reads one attempt's output; whether there was any such attempt.
-    async fn attempt(&mut self, number: u32, from: Cursor) -> Result<bool, Trouble> {
+    /// Reads one attempt's output.
+    async fn attempt(&mut self, number: u32, from: Cursor) -> Result<Told, Trouble> {
         let mut attempt = Attempt {
             number,
             run: RunId::new(&self.id, number),
             masker: self.patterns.clone().map(Masker::new),
             held: Held::at(from.clone()),
         };
-        let mut started = from != Cursor::default();
+        let mut told = if from == Cursor::default() { Told::NotStarted } else { Told::Something };
         let mut cursor = from;
         let mut pause = Duration::from_millis(100);
         // Since when the attempt is over and its output stands still.
@@ -93,11 +101,13 @@ impl Reading {
                 self.change().await?;
                 continue;
             }
-            started |= stage == Stage::Running || self.has_handle(number);
+            if stage == Stage::Running || self.has_handle(number) {
+                told = told.max(Told::Nothing);
+            }
             let error = match self.engine.read(&attempt.run, &cursor, CHUNK_BYTES).await {
                 Ok(read) => {
                     let gathered = Instant::now() + GATHER;
-                    started = true;
+                    told = told.max(if read.bytes.is_empty() { Told::Nothing } else { Told::Something });
                     pause = Duration::from_millis(100);
                     let length = read.bytes.len();
                     if length > 0 {
@@ -108,7 +118,7 @@ impl Reading {
                     if read.end {
                         self.flush(&mut attempt).await?;
                         self.over(number).await?;
-                        return Ok(true);
+                        return Ok(told);
                     }
                     if (1..CHUNK_BYTES).contains(&length) {
                         tokio::time::sleep_until(gathered).await;
@@ -121,8 +131,8 @@ impl Reading {
                 let waited = quiet.get_or_insert_with(Instant::now).elapsed();
                 let gone = error == Some(EngineError::Gone);
                 if gone || waited >= self.patience {
-                    self.give_up(attempt, started, gone).await?;
-                    return Ok(started);
+                    self.give_up(attempt, told != Told::NotStarted, gone).await?;
+                    return Ok(told);
                 }
             }
             match error {
@@ -186,7 +196,7 @@ impl Reading {
     }
 
     /// What a reader must know whom the builder's output, if there is any, does not tell how the build ended.
-    fn last_words(&self, record: &Record, started: bool) -> Option<String> {
+    fn last_words(&self, record: &Record, told: Told) -> Option<String> {
         let Some(patterns) = self.patterns.clone() else {
             let words =
                 "the log is withheld: the build's secrets could not be opened, so they could not be masked";
@@ -196,18 +206,28 @@ impl Reading {
             _ if self.output.is_empty() => "it".to_owned(),
             attempt => format!("attempt {attempt}"),
         };
-        let words = match record.state {
-            State::Cancelled if !started => format!("the build was cancelled before {attempt} started"),
-            State::Failed if !started && record.message.is_empty() => {
-                format!("the build failed before {attempt} started")
+        let why = if record.message.is_empty() { String::new() } else { format!(": {}", record.message) };
+        let nothing = self.output.is_empty();
+        let words = match (record.state, told) {
+            (State::Cancelled, Told::NotStarted) => {
+                format!("the build was cancelled before {attempt} started")
             }
-            State::Failed if !started => {
-                format!("the build failed before {attempt} started: {}", record.message)
+            (State::Cancelled, Told::Nothing) => {
+                format!("the build was cancelled before {attempt} wrote anything")
             }
-            State::Failed if record.reason.is_some_and(FailureReason::is_found_afterwards) => {
-                format!("the build failed: {}", record.message)
+            (State::Failed, Told::NotStarted) => format!("the build failed before {attempt} started{why}"),
+            (State::Failed, Told::Nothing) => {
+                format!("the build failed before {attempt} wrote anything{why}")
             }
-            State::Succeeded if self.output.is_empty() => "nothing was run: the image was there".to_owned(),
+            (State::Failed, Told::Something)
+                if record.reason.is_some_and(FailureReason::is_found_afterwards) =>
+            {
+                format!("the build failed{why}")
+            }
+            (State::Succeeded, Told::NotStarted) if nothing => {
+                "nothing was run: the image was there".to_owned()
+            }
+            (State::Succeeded, Told::Nothing) if nothing => "the build wrote nothing".to_owned(),
             _ => return None,
         };
         let mut masker = Masker::new(patterns);

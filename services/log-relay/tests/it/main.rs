@@ -153,6 +153,13 @@ async fn the_last_line_says_how_the_build_ended() -> Result<()> {
         bed.text(&cancelled.id).await?,
         "STEP 1\nkiln: attempt 1 was lost; attempt 2 follows\nkiln: the build was cancelled before attempt 2 started\n"
     );
+    let mut silent = bed.build(4, SECRET).await?;
+    silent.start().await?;
+    silent.end();
+    silent.change(Change::CancelRequested { reason: "enough".into() }).await?;
+    let by = silent.holder();
+    silent.change(Change::Cancelled { by: Some(by), findings: findings() }).await?;
+    assert_eq!(bed.text(&silent.id).await?, "kiln: the build was cancelled before it wrote anything\n");
     for (number, reason) in [(2, FailureReason::EngineLost), (3, FailureReason::ImageMissing)] {
         let mut failed = bed.build(number, SECRET).await?;
         failed.start().await?;

@@ -173,7 +173,7 @@ impl World {
             Fault::KillBuilder(number) => self.signal_builder(number, Signal::KILL, done).await,
             Fault::TerminateBuilder(number) => self.signal_builder(number, Signal::TERM, done).await,
             Fault::PauseBuilder(number) => {
-                let builder = self.builder(number, done).await?;
+                let builder = self.builder(number).await?;
                 send(builder, Signal::STOP);
                 sleep(lasts).await;
                 send(builder, Signal::CONT);
@@ -217,12 +217,13 @@ impl World {
     }
 
     async fn signal_builder(&self, number: usize, signal: Signal, done: &Done) -> Result<()> {
-        send(self.builder(number, done).await?, signal);
+        send(self.builder(number).await?, signal);
+        done.builders.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
     /// One of the builders that live, as soon as there is one.
-    async fn builder(&self, number: usize, done: &Done) -> Result<Pid> {
+    async fn builder(&self, number: usize) -> Result<Pid> {
         let runs = self.runs();
         let found = async {
             loop {
@@ -233,9 +234,7 @@ impl World {
                 sleep(Duration::from_millis(5)).await;
             }
         };
-        let found = tokio::time::timeout(VICTIM, found).await.context("no builder lives")?;
-        done.builders.fetch_add(1, Ordering::Relaxed);
-        Ok(found)
+        tokio::time::timeout(VICTIM, found).await.context("no builder lives")
     }
 }
 

@@ -60,12 +60,15 @@ async fn read(
 
 /// Whether a log is not what the builders wrote, with what the relay has to say.
 fn differs(evidence: &Evidence<'_>, record: &Record, log: &[u8]) -> Option<String> {
-    compare(log, &written(evidence, record))
+    // Of a builder that wrote nothing the journal doesn't tell whether it had begun.
+    let differ = ["started", "wrote anything"].map(|before| compare(log, &written(evidence, record, before)));
+    let [first, second] = differ;
+    first.filter(|_| second.is_some())
 }
 
 /// What the log of a build must be: the outputs of its attempts, with a line of the relay between them and maybe at the
 /// end, and the secret masked.
-fn written(evidence: &Evidence<'_>, record: &Record) -> Vec<u8> {
+fn written(evidence: &Evidence<'_>, record: &Record, before: &str) -> Vec<u8> {
     let mut log: Vec<u8> = Vec::new();
     for attempt in 1..=record.attempt {
         if attempt > 1 {
@@ -78,8 +81,8 @@ fn written(evidence: &Evidence<'_>, record: &Record) -> Vec<u8> {
         let output = evidence.outputs.get(&RunId::new(&record.id, attempt));
         log.extend_from_slice(output.map_or(&[], Vec::as_slice));
     }
-    let started = evidence.outputs.get(&record.run()).is_some_and(|output| !output.is_empty());
-    if let Some(words) = last_words(record, started) {
+    let spoke = evidence.outputs.get(&record.run()).is_some_and(|output| !output.is_empty());
+    if let Some(words) = last_words(record, spoke, before) {
         if log.last().is_some_and(|last| *last != b'\n') {
             log.push(b'\n');
         }
@@ -91,20 +94,20 @@ fn written(evidence: &Evidence<'_>, record: &Record) -> Vec<u8> {
 }
 
 /// What the relay says where the last builder's output, if there is any, does not tell how the build ended.
-fn last_words(record: &Record, started: bool) -> Option<String> {
+fn last_words(record: &Record, spoke: bool, before: &str) -> Option<String> {
     let what = match record.attempt {
         1 => "it".to_owned(),
         attempt => format!("attempt {attempt}"),
     };
     match (record.state, record.reason) {
-        (State::Cancelled, _) if !started => Some(format!("the build was cancelled before {what} started")),
-        (State::Failed, _) if !started => {
-            Some(format!("the build failed before {what} started: {}", record.message))
+        (State::Cancelled, _) if !spoke => Some(format!("the build was cancelled before {what} {before}")),
+        (State::Failed, _) if !spoke => {
+            Some(format!("the build failed before {what} {before}: {}", record.message))
         }
         (State::Failed, Some(FailureReason::EngineLost)) => {
             Some(format!("the build failed: {}", record.message))
         }
-        (State::Succeeded, _) if !started && record.attempt == 1 => {
+        (State::Succeeded, _) if !spoke && record.attempt == 1 => {
             Some("nothing was run: the image was there".into())
         }
         _ => None,
