@@ -9,6 +9,7 @@
 
 mod copy;
 mod credentials;
+mod fault_table;
 mod faults;
 mod inspect;
 mod resolve;
