@@ -29,6 +29,15 @@ impl Bus {
     /// once, not after a wait); `DeadlineExceeded` when nobody answered in time.
     #[tracing::instrument(skip_all, fields(question = %Q::subject()))]
     pub async fn ask<Q: Question>(&self, question: &Q, within: Duration) -> Result<Q::Answer, Refusal> {
+        self.try_ask(question, within).await?
+    }
+
+    /// The same; the inner refusal is the service's answer, the outer one says that there was no answer.
+    pub async fn try_ask<Q: Question>(
+        &self,
+        question: &Q,
+        within: Duration,
+    ) -> Result<Result<Q::Answer, Refusal>, Refusal> {
         let payload = bytes::Bytes::from(question.encode_to_vec());
         if payload.len() + 1024 > self.max_payload() {
             return Err(Refusal::new(
@@ -87,9 +96,9 @@ impl Bus {
                 _ => unavailable::<Q>(&error.to_string()),
             })?;
         if let Some(refusal) = refusal_of(message.headers.as_ref()) {
-            return Err(refusal);
+            return Ok(Err(refusal));
         }
-        Q::Answer::decode(message.payload).map_err(|error| {
+        Q::Answer::decode(message.payload).map(Ok).map_err(|error| {
             Refusal::new(Code::Internal, format!("the {} answered what can't be read: {error}", Q::SERVICE))
         })
     }

@@ -110,6 +110,11 @@ pub trait Engine: Send + Sync {
         Ok(None)
     }
 
+    /// Its builders record a digest before they PUT it: one that failed, and recorded none, has PUT nothing.
+    fn records_before_put(&self) -> bool {
+        false
+    }
+
     /// What its builders execute Dockerfiles with ("buildah", "buildkit"), where that is known before one has begun.
     fn build_tool(&self) -> Option<String> {
         None

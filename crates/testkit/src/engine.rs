@@ -193,6 +193,10 @@ impl Engine for FakeEngine {
         "fake"
     }
 
+    fn records_before_put(&self) -> bool {
+        true
+    }
+
     async fn start(&self, spec: &RunSpec, _secrets: &RunSecrets) -> Result<Handle, EngineError> {
         self.act(&spec.run, "start");
         self.change(&spec.run, |run| run.asked += 1);

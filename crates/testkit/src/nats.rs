@@ -178,6 +178,12 @@ impl NatsServer {
         delete_stream(&self.url(), stream).await
     }
 
+    /// The same: all that the stream holds is gone.
+    pub async fn purge_stream(&self, stream: &str) -> Result<()> {
+        by_hand(&self.url()).await?.get_stream(stream).await?.purge().await?;
+        Ok(())
+    }
+
     /// Starts it on its port and its store, after [`NatsServer::kill`] or [`NatsServer::stop`], and waits until it
     /// listens.
     pub async fn start_again(&mut self) -> Result<()> {

@@ -62,7 +62,7 @@ impl Shared {
                 return Ok(Accepted::Build { entry, joined });
             }
             // The registry's own word, asked after the tail was read. An image that is there is there, whatever is built.
-            let found = self.resolver.find(&image.target_ref).await?;
+            let found = self.resolver.find(&image.target_ref).await??;
             if let (Some(digest), false) = (&found, request.force) {
                 return Ok(Accepted::AlreadyBuilt {
                     target_ref: image.target_ref.to_string(),
@@ -135,7 +135,7 @@ impl Shared {
         let base_exists = match request.source {
             Source::Image(_) | Source::Unknown(_) => true,
             Source::Dockerfile(_) if request.force || request.no_cache => false,
-            Source::Dockerfile(_) => self.resolver.find(&image.base_ref).await?.is_some(),
+            Source::Dockerfile(_) => self.resolver.find(&image.base_ref).await??.is_some(),
         };
         let commit = match (&request.source, &image.commit) {
             // An image that is not named by its commit is built from what the revision is now.

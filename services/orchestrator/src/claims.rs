@@ -107,13 +107,6 @@ impl Claims {
         let (never_claimed, expired): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) =
             expired.into_iter().partition(|entry| entry.record.claims == 0);
         let limit = shared.config.max_running_per_owner;
-        for entry in never_claimed {
-            let owner = &entry.record.owner;
-            let running = claimed.iter().filter(|entry| entry.record.owner == *owner).count();
-            let complaint = (running >= limit)
-                .then(|| format!("its owner has {running} builds running, and may have {limit}"));
-            expire(shared, entry, complaint.as_deref(), &me).await;
-        }
         let (mut queued, to_end_or_adopt): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) =
             free.into_iter().partition(|entry| needs_a_slot(&entry.record));
         // One that can't be started for now keeps no other from its turn; what this release can't start is left to those
@@ -132,7 +125,7 @@ impl Claims {
         let now = Instant::now();
         let mut wake = SWEEP;
         let mut due = Vec::new();
-        for entry in expired.iter().chain(&to_end_or_adopt).chain(turns) {
+        for entry in never_claimed.iter().chain(&expired).chain(&to_end_or_adopt).chain(turns) {
             let id = &entry.record.id;
             let steps = u32::try_from(rank(id.as_str(), &me, &live)).unwrap_or(u32::MAX);
             let at = *self.free_since.entry(id.clone()).or_insert(now) + RANK_STEP.saturating_mul(steps);
@@ -143,7 +136,20 @@ impl Claims {
             }
         }
         // Side by side: the last of many would else wait for the appends of all before it.
-        let claiming = due.into_iter().map(|entry| claim(shared, entry, &me));
+        let claiming = due.into_iter().map(|entry| {
+            let owner = &entry.record.owner;
+            let running = claimed.iter().filter(|other| other.record.owner == *owner).count();
+            let complaint = (running >= limit)
+                .then(|| format!("its owner has {running} builds running, and may have {limit}"));
+            let me = &me;
+            async move {
+                if entry.record.claims == 0 && entry.record.has_waited_too_long(wall_clock()) {
+                    expire(shared, &entry, complaint.as_deref(), me).await;
+                    return None;
+                }
+                claim(shared, entry, me).await
+            }
+        });
         let mut claiming = stream::iter(claiming).buffer_unordered(CLAIMS_AT_ONCE);
         while let Some(claimed) = claiming.next().await {
             if let Some(claimed) = claimed {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kiln_contract::error::Code;
+use kiln_contract::error::{Code, Refusal};
 use kiln_domain::engine::Observed;
 use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::limits;
@@ -51,7 +51,8 @@ impl Held<'_> {
             Ok(None) => None,
             Err(unanswered) => Some(unanswered),
         };
-        if self.record().cancel.is_some() {
+        let may_be_there = unanswered.is_some() && (ended.recorded.is_some() || has_pushed(&ended));
+        if self.record().cancel.is_some() && !may_be_there {
             return self.end(Change::Cancelled { by: Some(self.me.clone()), findings }).await;
         }
         let failure = match (ending, ended.outcome.map(|outcome| outcome.result)) {
@@ -124,8 +125,11 @@ impl Held<'_> {
             Some(RunResult::Pushed(digest)) => Some(digest),
             Some(RunResult::Failed(_)) | None => None,
         };
-        // A builder that failed before it recorded a digest has PUT nothing: there is nothing under way.
-        let has_put = ended.recorded.is_some() || outcome.is_none() || reported.is_some();
+        // Whether anything can have been PUT, and still be under way.
+        let has_put = ended.recorded.is_some()
+            || outcome.is_none()
+            || reported.is_some()
+            || !self.shared.engine.records_before_put();
         let Record { attempt, claims, .. } = self.record();
         if !has_put && (*attempt, *claims) == (1, 1) {
             // Nor has any other builder: we alone could start one. A user's error waits for no registry.
@@ -153,26 +157,21 @@ impl Held<'_> {
     /// ever: a registry that has told us nothing for `registry_limit_seconds` is the inner error.
     pub(crate) async fn find_target(&mut self) -> Result<Result<Option<Digest>, Failure>, LetGo> {
         let id = self.record().id.clone();
-        let target: ImageReference = match self.record().target_ref.parse() {
-            Ok(target) => target,
-            Err(error) => {
-                tracing::error!(build.id = %id, "the record of `{id}` can't be read: {error}");
-                return Ok(Ok(None));
-            }
-        };
         loop {
-            let found = tokio::select! {
-                found = self.shared.resolver.find(&target) => found,
-                () = self.stop.cancelled() => return Err(LetGo::Asked),
-            };
-            let error = match found {
-                Ok(found) => {
+            let error = match self.ask_target().await? {
+                Ok(Ok(found)) => {
                     self.unanswered_since = None;
                     return Ok(Ok(found));
                 }
-                Err(error) => error,
+                // No registry's doing, and no reason to give up.
+                Err(unasked) => {
+                    tracing::warn!(build.id = %id, "whether the image of `{id}` is there can't be asked now: {unasked}");
+                    self.pause(REGISTRY_PAUSE).await?;
+                    continue;
+                }
+                Ok(Err(error)) => error,
             };
-            tracing::warn!(build.id = %id, "whether `{target}` is there can't be asked now: {error}");
+            tracing::warn!(build.id = %id, "whether the image of `{id}` is there was not learnt: {error}");
             let limit = self.shared.config.registry_limit_seconds;
             let since = *self.unanswered_since.get_or_insert_with(Instant::now);
             if since.elapsed() >= Duration::from_secs(limit) {
@@ -180,11 +179,30 @@ impl Held<'_> {
                     Code::PermissionDenied | Code::Unauthenticated => FailureReason::RegistryDenied,
                     _ => FailureReason::RegistryUnavailable,
                 };
+                let target = &self.record().target_ref;
                 let message =
                     format!("whether `{target}` is there could not be learnt for {limit} s: {error}");
                 return Ok(Err(Failure::new(reason, message)));
             }
             self.pause(REGISTRY_PAUSE).await?;
+        }
+    }
+
+    /// The same, asked once. The inner refusal is the registry's, the other one says that no resolver could be asked.
+    pub(crate) async fn ask_target(
+        &mut self,
+    ) -> Result<Result<Result<Option<Digest>, Refusal>, Refusal>, LetGo> {
+        let target: ImageReference = match self.record().target_ref.parse() {
+            Ok(target) => target,
+            Err(error) => {
+                let id = &self.record().id;
+                tracing::error!(build.id = %id, "the record of `{id}` can't be read: {error}");
+                return Ok(Ok(Ok(None)));
+            }
+        };
+        tokio::select! {
+            found = self.shared.resolver.find(&target) => Ok(found),
+            () = self.stop.cancelled() => Err(LetGo::Asked),
         }
     }
 
@@ -196,4 +214,8 @@ impl Held<'_> {
         };
         Failure::took_too_long(self.record().timeout(), &findings.steps, at.as_ref())
     }
+}
+
+fn has_pushed(ended: &Ended) -> bool {
+    matches!(&ended.outcome, Some(outcome) if matches!(outcome.result, RunResult::Pushed(_)))
 }

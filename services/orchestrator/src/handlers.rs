@@ -133,7 +133,7 @@ async fn workspace_image(
 ) -> Result<WorkspaceImageAnswer, Refusal> {
     let source = source_from_json(&question.source)?;
     let image = orchestrator.identify(&source, question.clone_target.as_deref(), &question.secrets).await?;
-    let found = orchestrator.resolver.find(&image.target_ref).await?;
+    let found = orchestrator.resolver.find(&image.target_ref).await??;
     Ok(WorkspaceImageAnswer {
         target_ref: image.target_ref.to_string(),
         base_ref: image.base_ref.to_string(),

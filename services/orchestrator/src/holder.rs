@@ -22,6 +22,7 @@ use tracing::Instrument as _;
 
 use crate::Shared;
 use crate::conclude::Ending;
+use crate::mask::WITHHELD;
 
 /// Between two tries of what the engine can't do now.
 pub(crate) const ENGINE_PAUSE: Duration = Duration::from_secs(1);
@@ -67,6 +68,7 @@ pub(crate) async fn hold(shared: &Arc<Shared>, claimed: Entry, stop: &Cancellati
             Err(LetGo::Gone) => held.end_unknown().await,
             Err(LetGo::Asked) => held.release(None).await,
             Err(LetGo::CantStart(why)) => {
+                let why = held.masked_text(&why).await.unwrap_or_else(|_| WITHHELD.to_owned());
                 tracing::warn!(build.id = %id, "build `{id}` can't be started here for now: {why}");
                 held.release(Some(why)).await;
             }
@@ -110,7 +112,7 @@ impl Held<'_> {
                             return Err(LetGo::CantStart(why));
                         }
                         tracing::warn!(build.id = %run.build(), "run `{run}` can't be started yet: {why}");
-                        complaint = Some(why);
+                        complaint = Some(self.masked_text(&why).await?);
                         self.wait(ENGINE_PAUSE).await?;
                     }
                 }
@@ -167,8 +169,12 @@ impl Held<'_> {
                 Ok(Observed::Absent) => {
                     // What another holder started may be lost whole; its last PUT may still be under way.
                     self.pause(limits::IN_FLIGHT).await?;
-                    if self.may_be_pushed().await? {
-                        return self.conclude(Ended::default(), Ending::Natural).await.map(Ok);
+                    match self.ask_target().await?.flatten() {
+                        Err(error) => return Err(LetGo::CantStart(error.to_string())),
+                        Ok(found) if found.is_some() && found != self.record().digest_before => {
+                            return self.conclude(Ended::default(), Ending::Natural).await.map(Ok);
+                        }
+                        Ok(_) => {}
                     }
                 }
                 Err(error) => return Ok(Err(error)),
@@ -193,6 +199,7 @@ impl Held<'_> {
         match self.shared.engine.start(&spec, &secrets).await {
             Ok(handle) => self.started(handle).await.map(Ok),
             Err(EngineError::Rejected(failure)) => {
+                let failure = Failure::new(failure.reason, self.masked_text(&failure.message).await?);
                 self.conclude(Ended::default(), Ending::GaveUp(failure)).await.map(Ok)
             }
             // Revoked by one who took this run for lost and then lost its claim before it could say so.
@@ -347,12 +354,6 @@ impl Held<'_> {
                 () = self.stop.cancelled() => return Err(LetGo::Asked),
             }
         }
-    }
-
-    /// Whether another image lies at the target than when the build was accepted, or nobody says.
-    async fn may_be_pushed(&mut self) -> Result<bool, LetGo> {
-        let found = self.find_target().await?;
-        Ok(found.map_or(true, |found| found.is_some() && found != self.record().digest_before))
     }
 
     /// Waits, unless what is to be done becomes another thing, or we are to let go.

@@ -87,8 +87,7 @@ struct Shared {
 }
 
 /// Runs until `stop`; then lets go of every build, so that another may claim it at once, and leaves builders running.
-/// `ready` is called once questions are answered, with what is
-/// counted.
+/// `ready` is called once questions are answered, with what is counted.
 pub async fn run(
     config: Config,
     parts: Parts,
@@ -103,10 +102,13 @@ pub async fn run(
     let host = engine.host().context("learn which host the builders are bound to")?;
     let seal_key = open_key.seal_key();
     let member = Member { role: ROLE, life: &life, host: host.as_deref(), seal_key: Some(&seal_key) };
+    let journal = Journal::open(&bus).await.context("open the journal")?;
+    let secrets = SecretsBucket::open(&bus).await.context("open the secrets")?;
+    // Last: what fails before it leaves no lease that somebody would wait for.
     let holders = Holders::start(&bus, member, lease, &tasks).await.context("take a lease")?;
     let shared = Arc::new(Shared {
-        journal: Journal::open(&bus).await.context("open the journal")?,
-        secrets: SecretsBucket::open(&bus).await.context("open the secrets")?,
+        journal,
+        secrets,
         logs: Logs::new(&bus),
         resolver: Resolver::new(&bus),
         metrics: Metrics::register(&mut metrics),

@@ -12,7 +12,7 @@ use kiln_domain::step::Step;
 use crate::holder::{Held, LetGo};
 
 /// In place of a text that can't be masked, because the secrets can't be opened any more.
-const WITHHELD: &str = "(withheld)";
+pub(crate) const WITHHELD: &str = "(withheld)";
 /// Between two tries to read the secrets.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -34,6 +34,12 @@ impl Held<'_> {
             pushed @ RunResult::Pushed(_) => pushed,
         };
         Ok(Outcome { result, findings: Findings { steps, bases, build_tool } })
+    }
+
+    /// A text of the engine, which may quote what it was given.
+    pub(crate) async fn masked_text(&mut self, text: &str) -> Result<String, LetGo> {
+        let patterns = self.patterns().await?;
+        Ok(patterns.map_or_else(|| WITHHELD.to_owned(), |patterns| patterns.masked(text)))
     }
 
     /// What to mask; `None` where that can't be known any more.

@@ -46,10 +46,18 @@ impl Resolver {
         Ok(self.bus.ask(&question, PATIENCE).await?.commit)
     }
 
-    /// What lies at a reference right now, by the registry's own word.
-    pub(crate) async fn find(&self, reference: &ImageReference) -> Result<Option<Digest>, Refusal> {
-        let found = self.bus.ask(&FindImage { reference: reference.to_string() }, PATIENCE).await?;
-        if found.digest.is_empty() { Ok(None) } else { parsed(&found.digest).map(Some) }
+    /// What lies at a reference right now, by the registry's own word. The inner refusal is the registry's, as a resolver
+    /// tells it; the outer one says that no resolver could be asked.
+    pub(crate) async fn find(
+        &self,
+        reference: &ImageReference,
+    ) -> Result<Result<Option<Digest>, Refusal>, Refusal> {
+        let asked = self.bus.try_ask(&FindImage { reference: reference.to_string() }, PATIENCE).await?;
+        match asked {
+            Ok(found) if found.digest.is_empty() => Ok(Ok(None)),
+            Ok(found) => parsed(&found.digest).map(|digest| Ok(Some(digest))),
+            Err(refusal) => Ok(Err(refusal)),
+        }
     }
 }
 

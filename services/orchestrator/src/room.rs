@@ -9,8 +9,7 @@ const LOOK: Duration = Duration::from_secs(5);
 /// Looks again and again; ends when it is dropped.
 pub(crate) async fn watch(shared: &Shared) {
     loop {
-        // It tells the process's keeper. A journal that can't be asked says nothing of its room.
-        let _ = shared.journal.refuses(shared.view.active().len()).await;
+        shared.journal.tell_room(shared.view.active().len()).await;
         tokio::time::sleep(LOOK).await;
     }
 }

@@ -178,6 +178,10 @@ impl Engine for LocalEngine {
             .map_err(|error| EngineError::Unavailable(format!("cannot name {}: {error}", runs.display())))
     }
 
+    fn records_before_put(&self) -> bool {
+        true
+    }
+
     async fn start(&self, spec: &RunSpec, secrets: &RunSecrets) -> Result<Handle, EngineError> {
         let run = spec.run.clone();
         let folder = self.folder(&run);

@@ -195,7 +195,7 @@ pub(super) fn step(system: &mut System, rules: &Rules, me: usize, answer: Answer
             let has_put = found.outcome != Some(Outcome::Failed) || found.recorded.is_some();
             match found.image(rules, system.registry.tag, !rules.asked_again) {
                 // Only we could start a builder, and it failed before it PUT: not asked for.
-                _ if !has_put && (record.attempt, record.claims) == (1, 1) => {
+                _ if !has_put && (!rules.asked_unless_alone || (record.attempt, record.claims) == (1, 1)) => {
                     found.otherwise(rules, &holder, record)
                 }
                 Some(image) => Phase::Append(Act::Succeeded(image)),

@@ -156,6 +156,7 @@ fn each_rule_of_a_build_is_load_bearing() {
     let lossy = [
         ("`revoked` whatever is left", Rules { revoked_whatever_is_left: false, ..KEPT }),
         ("a new image is ours", Rules { any_new_image_is_ours: false, ..KEPT }),
+        ("no short cut but for who is alone", Rules { asked_unless_alone: false, ..KEPT }),
     ];
     for (what, rules) in lossy {
         assert_load_bearing(what, |left| lifecycle(rules.clone(), LOSSY, left));

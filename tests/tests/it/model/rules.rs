@@ -25,6 +25,8 @@ pub(super) struct Rules {
     pub(super) lock_awaited: bool,
     /// A target that isn't as it was found to be pushed is asked for once more, when no PUT can be in flight any more.
     pub(super) asked_again: bool,
+    /// Nothing is asked only of a builder that failed before it PUT and that nobody else can have had a part in.
+    pub(super) asked_unless_alone: bool,
     /// Then any image that wasn't there before is this build's, whatever the run left.
     pub(super) any_new_image_is_ours: bool,
     /// A build that a holder can't start (no time left, refused by the engine) ends by the same way as any other.
@@ -52,6 +54,7 @@ pub(super) const KEPT: Rules = Rules {
     revoked_whatever_is_left: true,
     lock_awaited: true,
     asked_again: true,
+    asked_unless_alone: true,
     any_new_image_is_ours: true,
     every_end_is_judged: true,
     writer_cas: true,
