@@ -11,7 +11,7 @@ use kiln_contract::{bucket, subject};
 use secrecy::{ExposeSecret as _, SecretString};
 
 use crate::error::BusError;
-use crate::trouble::Met;
+use crate::trouble::Troubles;
 
 /// How long an end waits for the bus.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(2);
@@ -44,7 +44,7 @@ pub struct Bus {
     pub(crate) client: Client,
     pub(crate) js: jetstream::Context,
     errors: Arc<Errors>,
-    pub(crate) met: Arc<Met>,
+    pub(crate) troubles: Troubles,
 }
 
 /// What the client tells only by the way: a refused permission shows as nothing but a missing answer.
@@ -101,7 +101,7 @@ impl Connect {
         }
         let js =
             jetstream::context::ContextBuilder::new().timeout(Duration::from_secs(5)).build(client.clone());
-        Ok(Bus { client, js, errors, met: Arc::default() })
+        Ok(Bus { client, js, errors, troubles: Troubles::default() })
     }
 }
 

@@ -350,7 +350,7 @@ impl Held {
     fn differs(&self, host: Option<&str>, seal_key: Option<&SealKey>) -> Option<String> {
         let other = |one: &str, mine: Option<&str>| mine.is_some_and(|mine| !one.is_empty() && one != mine);
         let Self { instance, .. } = self;
-        if other(&self.host, host) {
+        if host.is_some_and(|host| is_elsewhere(&self.host, host)) {
             Some(format!(
                 "the engine's builders are bound to this host and `engine.local.folder`, and {instance} is bound to another"
             ))
@@ -362,6 +362,16 @@ impl Held {
         } else {
             None
         }
+    }
+}
+
+/// `boot/folder`; a lease of an earlier release names the boot alone.
+fn is_elsewhere(one: &str, other: &str) -> bool {
+    match (one.split_once('/'), other.split_once('/')) {
+        _ if one.is_empty() => false,
+        (None, Some((boot, _))) => one != boot,
+        (Some((boot, _)), None) => other != boot,
+        _ => one != other,
     }
 }
 

@@ -123,15 +123,19 @@ impl Journal {
         }
     }
 
-    /// Why the journal takes no further build beside so many active ones, where it takes none, by its leader's word. The
-    /// process's keeper tells it.
+    /// Why the journal takes no further build beside so many active ones, where it takes none, by its leader's word.
     pub async fn refuses(&self, active: usize) -> Result<Option<String>, BusError> {
         let info = self.bus.call(READ, self.stream.get_info()).await?;
         let limit = u64::try_from(info.config.max_bytes).ok().filter(|limit| *limit > 0);
         let limit = limit.unwrap_or(u64::MAX);
-        let full = Room { left: limit.saturating_sub(info.state.bytes), limit }.refuses(active);
-        self.bus.trouble(subject::JOURNAL_STREAM, "full", full.clone());
-        Ok(full)
+        Ok(Room { left: limit.saturating_sub(info.state.bytes), limit }.refuses(active))
+    }
+
+    /// Has the process's keeper tell whether the journal takes a further build. One that can't be asked says nothing of it.
+    pub async fn tell_room(&self, active: usize) {
+        if let Ok(full) = self.refuses(active).await {
+            self.bus.trouble(subject::JOURNAL_STREAM, "full", full);
+        }
     }
 
     /// Appends a change to an image's history, on top of `tail` (its last event, `None` where it has none).

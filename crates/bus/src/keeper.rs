@@ -103,7 +103,7 @@ impl Keeper {
             note("bus", "unreachable", "nats-server can't be reached, or does not answer".into());
             // How the streams stand can't be known: as before.
             found.extend(self.troubles.clone());
-            found.extend(self.bus.met.take());
+            found.extend(self.bus.troubles.take());
             return self.tell(found);
         }
         let mut journal = None;
@@ -180,7 +180,7 @@ impl Keeper {
                 found.insert(Trouble { part: subject::EVENTS_STREAM.to_owned(), what }, why);
             }
         }
-        found.extend(self.bus.met.take());
+        found.extend(self.bus.troubles.take());
         self.tell(found);
     }
 

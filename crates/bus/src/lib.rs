@@ -28,3 +28,4 @@ pub mod view;
 pub use connection::{Bus, Connect};
 pub use error::BusError;
 pub use lease::Lease;
+pub use trouble::Troubles;

@@ -99,6 +99,22 @@ async fn a_second_host_is_refused_where_builders_are_bound_to_one() -> Result<()
 }
 
 #[tokio::test]
+async fn a_release_may_be_mixed_with_the_one_that_named_the_boot_alone() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    let tasks = TaskTracker::new();
+    let old =
+        Holders::start(&bus, Member { host: Some("boot"), ..ORCHESTRATOR }, Lease::default(), &tasks).await?;
+    let new = Holders::start(&bus, Member { host: Some("boot/folder"), ..RELAY }, Lease::default(), &tasks);
+    ensure!(new.await.is_ok(), "a release is mixed with the one before it");
+    let elsewhere =
+        Holders::start(&bus, Member { host: Some("other/folder"), ..RELAY }, Lease::default(), &tasks);
+    ensure!(elsewhere.await.is_err());
+    ensure!(old.me().is_some());
+    Ok(())
+}
+
+#[tokio::test]
 async fn who_would_seal_or_open_with_another_key_is_refused_while_one_lives() -> Result<()> {
     let server = nats::run_server().await?;
     let bus = provisioned(&server.url(), 1).await?;

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use kiln_bus::Bus;
 use kiln_bus::keeper::Keeper;
+use kiln_bus::{Bus, Troubles};
 use kiln_chassis::health::{Readiness, serve_health, serve_metrics};
 use kiln_chassis::shutdown::drain;
 use kiln_chassis::telemetry::Metrics;
@@ -30,6 +30,8 @@ pub(crate) struct Host {
     tasks: TaskTracker,
     /// Not the roles' token: health is answered until the last of them has ended.
     ended: CancellationToken,
+    /// What its roles meet on the bus, for its keeper to tell.
+    troubles: Troubles,
 }
 
 impl Host {
@@ -42,6 +44,7 @@ impl Host {
             metrics: Metrics::new(env!("CARGO_PKG_VERSION")),
             tasks: TaskTracker::new(),
             ended: CancellationToken::new(),
+            troubles: Troubles::default(),
         };
         host.keep("health", serve_health(health, host.readiness.clone(), host.ended.clone()));
         host.keep("metrics", serve_metrics(metrics, host.metrics.clone(), host.ended.clone()));
@@ -59,7 +62,7 @@ impl Host {
     /// Makes the streams and buckets, or brings them up to date; ends the leases of a `former` life that is known
     /// to be over; and looks after the streams from now on.
     pub(crate) async fn provision(&self, config: &Config, former: Option<&str>) -> anyhow::Result<()> {
-        let bus = config.connect("keeper")?.connect().await?;
+        let bus = config.connect("keeper")?.connect().await?.with_troubles(&self.troubles);
         let layout = config.layout();
         let provision = async {
             bus.provision(&layout).await?;
@@ -90,7 +93,9 @@ impl Host {
 
     /// A role's own connection.
     pub(crate) async fn connect(&self, config: &Config, role: &str) -> anyhow::Result<Bus> {
-        config.connect(role)?.connect().await.with_context(|| format!("the {role}'s connection"))
+        let bus =
+            config.connect(role)?.connect().await.with_context(|| format!("the {role}'s connection"))?;
+        Ok(bus.with_troubles(&self.troubles))
     }
 
     /// An empty registry for what a role counts.

@@ -105,6 +105,15 @@ async fn every_role_runs_alone_and_ends_when_asked() {
     });
     nats.delete_stream("KILN_LOGS").await.expect("it is there again");
 
+    // What a role meets is told by its process.
+    nats.purge_stream("KV_KILN_HOLDERS").await.expect("emptied");
+    eventually("each holder says that the leases were emptied", || {
+        let line = "kiln_bus_troubles_total{part=\"KV_KILN_HOLDERS\",what=\"emptied\"} 1";
+        let holders =
+            names.iter().zip(&roles).filter(|(name, _)| ["orchestrator", "log-relay"].contains(name));
+        holders.into_iter().all(|(_, role)| get(role.metrics, "/metrics").contains(line)).then_some(())
+    });
+
     // Half of them while the bus is there, half of them when it is away: nobody waits for it at the end.
     for (at, (name, role)) in names.iter().zip(&mut roles).enumerate() {
         if at == names.len() / 2 {
