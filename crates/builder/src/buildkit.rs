@@ -11,6 +11,7 @@ mod failure;
 mod frontend;
 mod keeper;
 mod layers;
+mod platforms;
 mod policy;
 mod progress;
 
@@ -218,7 +219,8 @@ impl Buildkit {
         add("--local", assigned("context", &relative(&request.context)));
         add("--local", assigned("dockerfile", &relative(folder)));
         add("--opt", assigned("filename", name));
-        add("--opt", format!("platform={}", request.platform.clone().unwrap_or_default()).into());
+        let platforms: Vec<_> = request.platforms.iter().map(ToString::to_string).collect();
+        add("--opt", format!("platform={}", platforms.join(",")).into());
         if self.frontend(request)? == Frontend::BuiltIn {
             // It takes the Dockerfile for forwarded to it already, and so looks for no other.
             add("--opt", "cmdline=docker/dockerfile:1".into());
@@ -258,7 +260,7 @@ impl Buildkit {
             return Err(Failed { error, words: ended.tail });
         }
         let digest = self.pushed().map_err(|error| failed(cannot_run(&error)))?;
-        Ok(Built { image: digest.to_string(), platform: request.platform.clone().unwrap_or_default() })
+        Ok(Built { image: digest.to_string() })
     }
 
     fn metadata(&self) -> PathBuf {
@@ -281,6 +283,7 @@ impl BuildTool for Buildkit {
     async fn build(&self, request: &BuildRequest) -> Result<Built, ToolError> {
         self.children.output().restart_steps();
         let address = self.address(request).await?;
+        self.check_platforms(request, &address).await?;
         let cache = request.cache.as_ref().filter(|_| !request.no_cache);
         let imports = async { Some(self.imports(cache?).await) };
         let (policy, imports) = tokio::join!(self.policy(request), imports);
@@ -310,8 +313,7 @@ impl BuildTool for Buildkit {
         let digest: Digest =
             built.image.parse().map_err(|error| cannot_run(&std::io::Error::other(error)))?;
         let from = to.pinned(&digest);
-        let tagged =
-            self.registry.copy(&from, to, &built.platform, &self.access, &mut |_| Ok(Box::new(()))).await;
+        let tagged = self.registry.copy(&from, to, None, &self.access, &mut |_| Ok(Box::new(()))).await;
         tagged.map_err(|error| ToolError::Failed(target::failure(&error, &from, to)))
     }
 

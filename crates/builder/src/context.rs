@@ -292,6 +292,7 @@ mod tests {
                 target: String::new(),
                 checkout_location: None,
                 platform: None,
+                platforms: Vec::new(),
                 unknown: Default::default(),
             };
             locate(&source, "0123456789abcdef", root.clone()).map_err(|failure| failure.message)

@@ -30,7 +30,8 @@ pub struct BuildRequest {
     /// The stage to build; empty for the last one.
     pub target: String,
     pub no_cache: bool,
-    pub platform: Option<Platform>,
+    /// One image for each, in one index where there are several.
+    pub platforms: Vec<Platform>,
     /// The images that it names: those of FROM lines, and those that files come from.
     pub images: Vec<ImageReference>,
     /// The git remote that it comes from, and the Dockerfile's path there.
@@ -47,7 +48,6 @@ pub struct BuildRequest {
 pub struct Built {
     /// The tool's own name for it.
     pub image: String,
-    pub platform: Platform,
 }
 
 /// Why a build tool could not do what it was asked.

@@ -38,8 +38,10 @@ pub fn base_ref(repository: &str, source: &DockerfileSource, clone_target: &str)
     if !source.target.is_empty() {
         lines.insert("Target".into(), escaped(&source.target));
     }
-    if let Some(platform) = source.platform.as_ref().filter(|platform| **platform != Platform::default()) {
-        lines.insert("Platforms".into(), platform.to_string());
+    let platforms = source.built_for();
+    if platforms != [Platform::default()] {
+        let platforms: Vec<_> = platforms.iter().map(Platform::to_string).collect();
+        lines.insert("Platforms".into(), platforms.join(","));
     }
     let mut hash = Sha256::new();
     for (key, value) in &lines {
@@ -76,6 +78,7 @@ mod tests {
             target: String::new(),
             checkout_location: None,
             platform: None,
+            platforms: Vec::new(),
             unknown: BTreeMap::new(),
         }
     }
@@ -101,6 +104,7 @@ mod tests {
                     target: String::new(),
                     checkout_location: None,
                     platform: None,
+                    platforms: Vec::new(),
                     unknown: BTreeMap::new(),
                 };
                 base_ref(&text(&vector["base_image_repository"]), &source, &source.revision)

@@ -153,6 +153,7 @@ impl Workshop {
             target: String::new(),
             checkout_location: None,
             platform: None,
+            platforms: Vec::new(),
             unknown: BTreeMap::new(),
         };
         change(&mut source);

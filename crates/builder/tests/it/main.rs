@@ -9,6 +9,7 @@ mod corpus;
 mod credentials;
 mod layer_cache;
 mod mirrors;
+mod platforms;
 mod registries;
 mod run;
 mod stops;

@@ -121,6 +121,7 @@ fn refs(stage: &Stage, repository: &Repository) -> Result<(String, String)> {
         build_args: Default::default(),
         target: String::new(),
         platform: None,
+        platforms: Vec::new(),
         checkout_location: None,
         unknown: Default::default(),
     };
