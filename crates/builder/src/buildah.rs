@@ -255,6 +255,14 @@ fn refuse_what_it_cannot(request: &BuildRequest) -> Result<(), ToolError> {
             format!("buildah builds for {} alone, not for {other}: that takes BuildKit", Platform::default());
         return Err(ToolError::Failed(Failure::new(FailureReason::Dockerfile, message)));
     }
+    for (what, asked) in
+        [("provenance", request.provenance), ("reproducible images", request.source_date_epoch.is_some())]
+    {
+        if asked {
+            let message = format!("buildah makes no {what}: that takes BuildKit");
+            return Err(ToolError::Failed(Failure::new(FailureReason::Dockerfile, message)));
+        }
+    }
     let text = std::fs::read(&request.dockerfile).map_err(cannot_run)?;
     match refusal::what_it_cannot(&String::from_utf8_lossy(&text)) {
         Some(what) => Err(ToolError::Failed(Failure::new(

@@ -49,6 +49,9 @@ const ANSWERING: Duration = Duration::from_secs(10);
 /// The build arg that keeps cache mounts of one name apart; not for a request to set.
 const CACHE_NAMESPACE: &str = "BUILDKIT_CACHE_MOUNT_NS";
 
+/// The build arg that says which time files get; one that a request sets goes before the commit's.
+const EPOCH: &str = "SOURCE_DATE_EPOCH";
+
 /// BuildKit for one run.
 pub(crate) struct Buildkit {
     settings: Settings,
@@ -187,12 +190,16 @@ impl Buildkit {
             .args(arguments)
             .arg("--output")
             .arg(format!(
-                "type=image,name={},push=true,push-by-digest=true,registry.insecure={}{}",
+                "type=image,name={},push=true,push-by-digest=true,registry.insecure={}{}{}",
                 request.push_to.name(),
                 self.plain_push,
                 // A layer that a cache has compressed otherwise is of no use to older clients, and of another digest.
-                if request.cache.is_some() { ",compression=gzip,force-compression=true" } else { "" }
+                if request.cache.is_some() { ",compression=gzip,force-compression=true" } else { "" },
+                if request.source_date_epoch.is_some() { ",rewrite-timestamp=true" } else { "" }
             ));
+        if request.provenance {
+            command.args(["--opt", "attest:provenance=mode=max"]);
+        }
         for cache in *imports {
             let plain = self.registries.is_plain(cache.registry());
             command.arg("--import-cache").arg(format!("type=registry,ref={cache},registry.insecure={plain}"));
@@ -232,6 +239,9 @@ impl Buildkit {
             let argument = format!("build-arg:{name}={value}");
             check_argument(name, &argument)?;
             add("--opt", argument.into());
+        }
+        if let Some(time) = request.source_date_epoch.filter(|_| !request.build_args.contains_key(EPOCH)) {
+            add("--opt", format!("build-arg:{EPOCH}={time}").into());
         }
         let namespace = Digest::of(request.repository.as_bytes());
         add("--opt", format!("build-arg:{CACHE_NAMESPACE}={namespace}").into());

@@ -91,6 +91,10 @@ impl Job<'_> {
         let Task { spec, secrets, settings } = self.task;
         self.say(&format!("fetching {} at {commit}", source.remote_uri));
         let context = context::fetch(source, commit, secrets, work, self.children).await?;
+        let source_date_epoch = match source.reproducible {
+            true => Some(context::commit_time(commit, work, self.children).await?),
+            false => None,
+        };
         let text = std::fs::read(&context.dockerfile).map_err(|error| no_room("the Dockerfile", &error))?;
         let images = dockerfile::images(&String::from_utf8_lossy(&text), &source.build_args);
         progress.findings.bases = images.froms.iter().take(limits::BASES).map(base).collect();
@@ -117,6 +121,8 @@ impl Job<'_> {
             target: source.target.clone(),
             no_cache: spec.no_cache,
             platforms: source.built_for(),
+            provenance: source.provenance,
+            source_date_epoch,
             images: images.all().cloned().collect(),
             push_to: base_ref.clone(),
             cache: self.cache(source, base_ref),

@@ -32,6 +32,9 @@ pub struct BuildRequest {
     pub no_cache: bool,
     /// One image for each, in one index where there are several.
     pub platforms: Vec<Platform>,
+    pub provenance: bool,
+    /// The time, in seconds since 1970, that every file gets.
+    pub source_date_epoch: Option<u64>,
     /// The images that it names: those of FROM lines, and those that files come from.
     pub images: Vec<ImageReference>,
     /// The git remote that it comes from, and the Dockerfile's path there.

@@ -57,6 +57,12 @@ pub struct DockerfileSource {
     /// Several, which an index is made of, each once and in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub platforms: Vec<Platform>,
+    /// With an SLSA provenance attestation, which makes the image an index.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub provenance: bool,
+    /// With the commit's time for every file's: the same commit makes the same digest.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub reproducible: bool,
     /// For requests that name their paths in a workspace: where in it the repository lies; empty or `.` for all of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkout_location: Option<String>,
@@ -64,6 +70,10 @@ pub struct DockerfileSource {
     #[serde(flatten)]
     #[schemars(skip)]
     pub unknown: BTreeMap<String, serde_json::Value>,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 impl DockerfileSource {
@@ -351,6 +361,8 @@ mod tests {
                 target: String::new(),
                 platform: None,
                 platforms: Vec::new(),
+                provenance: false,
+                reproducible: false,
                 unknown: BTreeMap::new(),
                 checkout_location: location.map(Into::into),
             };

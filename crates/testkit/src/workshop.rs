@@ -154,6 +154,8 @@ impl Workshop {
             checkout_location: None,
             platform: None,
             platforms: Vec::new(),
+            provenance: false,
+            reproducible: false,
             unknown: BTreeMap::new(),
         };
         change(&mut source);

@@ -39,6 +39,8 @@ pub(crate) fn source(source: Option<api::Source>, file_remotes: bool) -> Result<
                 version: dockerfile.version,
                 build_args: dockerfile.build_args.into_iter().collect(),
                 target: dockerfile.target,
+                provenance: dockerfile.provenance,
+                reproducible: dockerfile.reproducible,
                 ..DockerfileSource::default()
             };
             let source = source.for_platforms(platforms(&dockerfile.platforms)?);

@@ -11,5 +11,6 @@ mod layer_cache;
 mod mirrors;
 mod platforms;
 mod registries;
+mod reproducible;
 mod run;
 mod stops;

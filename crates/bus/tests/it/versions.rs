@@ -219,6 +219,8 @@ fn dockerfile() -> Result<DockerfileSource> {
         target: "final".into(),
         platform: Some("linux/amd64".parse()?),
         platforms: Vec::new(),
+        provenance: false,
+        reproducible: false,
         unknown: BTreeMap::new(),
         checkout_location: None,
     })

@@ -47,6 +47,10 @@ pub(crate) fn start(
         let message = format!("{other} can't be built in a workspace, only {}", Platform::default());
         return Err(Failure::new(FailureReason::Dockerfile, message));
     }
+    if source.is_some_and(|source| source.provenance || source.reproducible) {
+        let message = "neither provenance nor reproducible images can be had of a workspace";
+        return Err(Failure::new(FailureReason::Dockerfile, message));
+    }
     let (dockerfile, context) = paths(source);
     let initializer = match &spec.work {
         Work::Copy { .. } => {
@@ -249,6 +253,8 @@ mod tests {
             target: String::new(),
             platform: None,
             platforms: Vec::new(),
+            provenance: false,
+            reproducible: false,
             checkout_location: Some("x".into()),
             unknown: Default::default(),
         };

@@ -122,6 +122,8 @@ fn refs(stage: &Stage, repository: &Repository) -> Result<(String, String)> {
         target: String::new(),
         platform: None,
         platforms: Vec::new(),
+        provenance: false,
+        reproducible: false,
         checkout_location: None,
         unknown: Default::default(),
     };
