@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use kiln_domain::failure::{Failure, FailureReason};
+use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::registries::Registries;
 use kiln_domain::run_folder::Settings;
@@ -135,9 +136,6 @@ impl Buildah {
             .arg(self.work.join("image-id"))
             .arg("--file")
             .arg(&request.dockerfile);
-        if let Some(platform) = &request.platform {
-            command.arg("--platform").arg(platform.to_string());
-        }
         if !request.target.is_empty() {
             command.arg("--target").arg(&request.target);
         }
@@ -217,7 +215,7 @@ impl BuildTool for Buildah {
             return Err(failure::of_build(&ended, &work, output.last_step().as_ref(), memory.exhausted()));
         }
         let image = std::fs::read_to_string(self.work.join("image-id")).map_err(cannot_run)?;
-        Ok(Built { image: image.trim().to_owned(), platform: request.platform.clone().unwrap_or_default() })
+        Ok(Built { image: image.trim().to_owned() })
     }
 
     async fn push(&self, built: &Built, to: &ImageReference) -> Result<Digest, ToolError> {
@@ -278,6 +276,19 @@ fn trusted(work: &Path) -> PathBuf {
 
 /// What buildah would read as something else is refused by its name.
 fn refuse_what_it_cannot(request: &BuildRequest) -> Result<(), ToolError> {
+    if let Some(other) = request.platforms.iter().find(|platform| **platform != Platform::default()) {
+        let message =
+            format!("buildah builds for {} alone, not for {other}: that takes BuildKit", Platform::default());
+        return Err(ToolError::Failed(Failure::new(FailureReason::Dockerfile, message)));
+    }
+    for (what, asked) in
+        [("provenance", request.provenance), ("reproducible images", request.source_date_epoch.is_some())]
+    {
+        if asked {
+            let message = format!("buildah makes no {what}: that takes BuildKit");
+            return Err(ToolError::Failed(Failure::new(FailureReason::Dockerfile, message)));
+        }
+    }
     let text = std::fs::read(&request.dockerfile).map_err(cannot_run)?;
     match refusal::what_it_cannot(&String::from_utf8_lossy(&text)) {
         Some(what) => Err(ToolError::Failed(Failure::new(

@@ -11,6 +11,7 @@ mod failure;
 mod frontend;
 mod keeper;
 mod layers;
+mod platforms;
 mod policy;
 mod progress;
 
@@ -47,6 +48,9 @@ const ASKING: Duration = Duration::from_secs(5);
 const ANSWERING: Duration = Duration::from_secs(10);
 /// The build arg that keeps cache mounts of one name apart; not for a request to set.
 const CACHE_NAMESPACE: &str = "BUILDKIT_CACHE_MOUNT_NS";
+
+/// The build arg that says which time files get; one that a request sets goes before the commit's.
+const EPOCH: &str = "SOURCE_DATE_EPOCH";
 
 /// BuildKit for one run.
 pub(crate) struct Buildkit {
@@ -186,12 +190,16 @@ impl Buildkit {
             .args(arguments)
             .arg("--output")
             .arg(format!(
-                "type=image,name={},push=true,push-by-digest=true,registry.insecure={}{}",
+                "type=image,name={},push=true,push-by-digest=true,registry.insecure={}{}{}",
                 request.push_to.name(),
                 self.plain_push,
                 // A layer that a cache has compressed otherwise is of no use to older clients, and of another digest.
-                if request.cache.is_some() { ",compression=gzip,force-compression=true" } else { "" }
+                if request.cache.is_some() { ",compression=gzip,force-compression=true" } else { "" },
+                if request.source_date_epoch.is_some() { ",rewrite-timestamp=true" } else { "" }
             ));
+        if request.provenance {
+            command.args(["--opt", "attest:provenance=mode=max"]);
+        }
         for cache in *imports {
             let plain = self.registries.is_plain(cache.registry());
             command.arg("--import-cache").arg(format!("type=registry,ref={cache},registry.insecure={plain}"));
@@ -218,7 +226,8 @@ impl Buildkit {
         add("--local", assigned("context", &relative(&request.context)));
         add("--local", assigned("dockerfile", &relative(folder)));
         add("--opt", assigned("filename", name));
-        add("--opt", format!("platform={}", request.platform.clone().unwrap_or_default()).into());
+        let platforms: Vec<_> = request.platforms.iter().map(ToString::to_string).collect();
+        add("--opt", format!("platform={}", platforms.join(",")).into());
         if self.frontend(request)? == Frontend::BuiltIn {
             // It takes the Dockerfile for forwarded to it already, and so looks for no other.
             add("--opt", "cmdline=docker/dockerfile:1".into());
@@ -230,6 +239,9 @@ impl Buildkit {
             let argument = format!("build-arg:{name}={value}");
             check_argument(name, &argument)?;
             add("--opt", argument.into());
+        }
+        if let Some(time) = request.source_date_epoch.filter(|_| !request.build_args.contains_key(EPOCH)) {
+            add("--opt", format!("build-arg:{EPOCH}={time}").into());
         }
         let namespace = Digest::of(request.repository.as_bytes());
         add("--opt", format!("build-arg:{CACHE_NAMESPACE}={namespace}").into());
@@ -258,7 +270,7 @@ impl Buildkit {
             return Err(Failed { error, words: ended.tail });
         }
         let digest = self.pushed().map_err(|error| failed(cannot_run(&error)))?;
-        Ok(Built { image: digest.to_string(), platform: request.platform.clone().unwrap_or_default() })
+        Ok(Built { image: digest.to_string() })
     }
 
     fn metadata(&self) -> PathBuf {
@@ -281,6 +293,7 @@ impl BuildTool for Buildkit {
     async fn build(&self, request: &BuildRequest) -> Result<Built, ToolError> {
         self.children.output().restart_steps();
         let address = self.address(request).await?;
+        self.check_platforms(request, &address).await?;
         let cache = request.cache.as_ref().filter(|_| !request.no_cache);
         let imports = async { Some(self.imports(cache?).await) };
         let (policy, imports) = tokio::join!(self.policy(request), imports);
@@ -310,8 +323,7 @@ impl BuildTool for Buildkit {
         let digest: Digest =
             built.image.parse().map_err(|error| cannot_run(&std::io::Error::other(error)))?;
         let from = to.pinned(&digest);
-        let tagged =
-            self.registry.copy(&from, to, &built.platform, &self.access, &mut |_| Ok(Box::new(()))).await;
+        let tagged = self.registry.copy(&from, to, None, &self.access, &mut |_| Ok(Box::new(()))).await;
         tagged.map_err(|error| ToolError::Failed(target::failure(&error, &from, to)))
     }
 

@@ -49,6 +49,18 @@ pub(crate) async fn fetch(
     locate(source, commit, root)
 }
 
+/// When a commit that was fetched was made, in seconds since 1970.
+pub(crate) async fn commit_time(commit: &str, work: &Path, children: &Children) -> Result<u64, Failure> {
+    let mut command = git(work);
+    command.args(["show", "--no-patch", "--format=%ct", commit]);
+    let ended =
+        children.run(command, Show::Nothing).await.map_err(|error| internal("cannot run git", &error))?;
+    let told = ended.tail.trim();
+    told.parse().map_err(|_| {
+        Failure::new(FailureReason::Internal, format!("the commit's time can't be read: {told}"))
+    })
+}
+
 /// The branch that a remote's HEAD is, where it says so; asked with what [`fetch`] wrote into the work folder.
 pub(crate) async fn default_branch(remote: &str, work: &Path, children: &Children) -> Option<String> {
     let mut command = git(work);
@@ -292,6 +304,9 @@ mod tests {
                 target: String::new(),
                 checkout_location: None,
                 platform: None,
+                platforms: Vec::new(),
+                provenance: false,
+                reproducible: false,
                 unknown: Default::default(),
             };
             locate(&source, "0123456789abcdef", root.clone()).map_err(|failure| failure.message)

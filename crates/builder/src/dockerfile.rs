@@ -79,7 +79,7 @@ pub(crate) fn images(dockerfile: &str, build_args: &BTreeMap<String, String>) ->
 }
 
 /// `name` of `--from=name` and `--mount=type=bind,from=name,…`.
-fn from_flag(word: &str) -> Option<&str> {
+pub(crate) fn from_flag(word: &str) -> Option<&str> {
     let name = word.strip_prefix("--from=");
     let mount = || word.strip_prefix("--mount=")?.split(',').find_map(|part| part.strip_prefix("from="));
     name.or_else(mount).map(unquoted)
@@ -98,13 +98,15 @@ pub(crate) fn heredoc(dockerfile: &str) -> Option<usize> {
     found.map(|(at, _)| at + 1)
 }
 
-/// As BuildKit reads it: a word of digits (a file's number), `<<`, perhaps `-`, and the mark that ends it.
 fn begins_heredoc(word: &str) -> bool {
-    let mark = word.trim_start_matches(|c: char| c.is_ascii_digit()).strip_prefix("<<");
-    mark.is_some_and(|mark| {
-        let mark = mark.strip_prefix('-').unwrap_or(mark);
-        !mark.is_empty() && !mark.contains('<')
-    })
+    heredoc_mark(word).is_some()
+}
+
+/// As BuildKit reads it: a word of digits (a file's number), `<<`, perhaps `-`, and the mark that ends it.
+pub(crate) fn heredoc_mark(word: &str) -> Option<&str> {
+    let mark = word.trim_start_matches(|c: char| c.is_ascii_digit()).strip_prefix("<<")?;
+    let mark = mark.strip_prefix('-').unwrap_or(mark);
+    Some(unquoted(mark)).filter(|_| !mark.is_empty() && !mark.contains('<'))
 }
 
 /// Platform arguments that every Dockerfile may use in FROM.

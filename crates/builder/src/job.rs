@@ -60,7 +60,7 @@ impl Job<'_> {
                 let digest = if digest.is_some() { digest } else { target.digest(from).await };
                 progress.findings.bases = vec![Base { reference: limited(from.to_string()), digest }];
                 self.say(&format!("copying {from} to {}", spec.target_ref));
-                target.copy(from, platform, |line| self.say(line)).await
+                target.copy(from, platform.as_ref(), |line| self.say(line)).await
             }
             Work::Build { source, commit, base_ref } => {
                 source
@@ -69,9 +69,10 @@ impl Job<'_> {
                 let work = self.folder.make_work().map_err(|error| no_room("the work folder", &error))?;
                 let pushed = self.build(source, commit, base_ref, &work, progress).await?;
                 self.say(&format!("copying {base_ref} to {}", spec.target_ref));
-                let platform = source.platform.clone().unwrap_or_default();
-                let digest = target.copy_own(&base_ref.pinned(&pushed), &platform).await?;
+                let digest = target.copy_own(&base_ref.pinned(&pushed)).await?;
                 progress.target = Some(digest.clone());
+                let alone = source.platform.clone().unwrap_or_default();
+                progress.findings.images = target.images(&digest, &alone).await;
                 self.find_digests(progress).await;
                 Ok(digest)
             }
@@ -90,6 +91,10 @@ impl Job<'_> {
         let Task { spec, secrets, settings } = self.task;
         self.say(&format!("fetching {} at {commit}", source.remote_uri));
         let context = context::fetch(source, commit, secrets, work, self.children).await?;
+        let source_date_epoch = match source.reproducible {
+            true => Some(context::commit_time(commit, work, self.children).await?),
+            false => None,
+        };
         let text = std::fs::read(&context.dockerfile).map_err(|error| no_room("the Dockerfile", &error))?;
         let images = dockerfile::images(&String::from_utf8_lossy(&text), &source.build_args);
         progress.findings.bases = images.froms.iter().take(limits::BASES).map(base).collect();
@@ -115,7 +120,9 @@ impl Job<'_> {
             build_args: source.build_args.clone(),
             target: source.target.clone(),
             no_cache: spec.no_cache,
-            platform: source.platform.clone(),
+            platforms: source.built_for(),
+            provenance: source.provenance,
+            source_date_epoch,
             images: images.all().cloned().collect(),
             push_to: base_ref.clone(),
             cache: self.cache(source, base_ref),

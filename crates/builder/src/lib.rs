@@ -31,6 +31,7 @@ mod programs;
 mod put;
 mod registry_error;
 mod secret_files;
+mod stages;
 mod stop;
 mod target;
 mod tool;

@@ -8,7 +8,7 @@ use kiln_domain::failure::{Failure, FailureReason};
 use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
 use kiln_domain::registries::Registries;
-use kiln_domain::run::{RunSecrets, RunSpec};
+use kiln_domain::run::{BuiltImage, RunSecrets, RunSpec};
 use kiln_domain::run_folder::Settings;
 use kiln_registry::{Access, Config, Error, Keyring, OciRegistry, Registry};
 use secrecy::SecretString;
@@ -50,7 +50,7 @@ impl<'a> Target<'a> {
     pub(crate) async fn copy(
         &self,
         from: &ImageReference,
-        platform: &Platform,
+        platform: Option<&Platform>,
         say: impl Fn(&str),
     ) -> Result<Digest, Failure> {
         let access = for_mirrors(&self.access);
@@ -69,16 +69,12 @@ impl<'a> Target<'a> {
     }
 
     /// The same, of what this run has pushed: it is read with the credentials that it was pushed with.
-    pub(crate) async fn copy_own(
-        &self,
-        from: &ImageReference,
-        platform: &Platform,
-    ) -> Result<Digest, Failure> {
+    pub(crate) async fn copy_own(&self, from: &ImageReference) -> Result<Digest, Failure> {
         let mut access = self.access.clone();
         if let Some(keychain) = &access.push_keychain {
             access.keychain = keychain.clone();
         }
-        let copied = self.copy_as(&access, from, platform).await;
+        let copied = self.copy_as(&access, from, None).await;
         copied.map_err(|error| failure(&error, from, &self.spec.target_ref))
     }
 
@@ -86,7 +82,7 @@ impl<'a> Target<'a> {
         &self,
         access: &Access,
         from: &ImageReference,
-        platform: &Platform,
+        platform: Option<&Platform>,
     ) -> Result<Digest, Error> {
         let to = &self.spec.target_ref;
         let mut before_put = |digest: &Digest| -> io::Result<Box<dyn Send>> {
@@ -103,6 +99,21 @@ impl<'a> Target<'a> {
             Ok(Box::new((push, attempt)))
         };
         self.registry.copy(from, to, platform, access, &mut before_put).await
+    }
+
+    /// What lies at the target, by platform; nothing where that can't be told. `alone`: what a single image is for.
+    pub(crate) async fn images(&self, digest: &Digest, alone: &Platform) -> Vec<BuiltImage> {
+        let mut access = for_mirrors(&self.access);
+        if let Some(keychain) = access.push_keychain.take() {
+            access.keychain = keychain;
+        }
+        let images = self.registry.images(&self.spec.target_ref.pinned(digest), &access).await;
+        let built = |image: kiln_registry::Sized| BuiltImage {
+            platform: image.platform.unwrap_or_else(|| alone.clone()),
+            digest: image.digest,
+            bytes: image.bytes,
+        };
+        images.unwrap_or_default().into_iter().map(built).collect()
     }
 
     /// The digest of what a reference points at now, where that can be told.

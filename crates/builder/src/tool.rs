@@ -30,7 +30,11 @@ pub struct BuildRequest {
     /// The stage to build; empty for the last one.
     pub target: String,
     pub no_cache: bool,
-    pub platform: Option<Platform>,
+    /// One image for each, in one index where there are several.
+    pub platforms: Vec<Platform>,
+    pub provenance: bool,
+    /// The time, in seconds since 1970, that every file gets.
+    pub source_date_epoch: Option<u64>,
     /// The images that it names: those of FROM lines, and those that files come from.
     pub images: Vec<ImageReference>,
     /// The git remote that it comes from, and the Dockerfile's path there.
@@ -47,7 +51,6 @@ pub struct BuildRequest {
 pub struct Built {
     /// The tool's own name for it.
     pub image: String,
-    pub platform: Platform,
 }
 
 /// Why a build tool could not do what it was asked.

@@ -38,8 +38,15 @@ pub fn base_ref(repository: &str, source: &DockerfileSource, clone_target: &str)
     if !source.target.is_empty() {
         lines.insert("Target".into(), escaped(&source.target));
     }
-    if let Some(platform) = source.platform.as_ref().filter(|platform| **platform != Platform::default()) {
-        lines.insert("Platforms".into(), platform.to_string());
+    let platforms = source.built_for();
+    if platforms != [Platform::default()] {
+        let platforms: Vec<_> = platforms.iter().map(Platform::to_string).collect();
+        lines.insert("Platforms".into(), platforms.join(","));
+    }
+    for (key, set) in [("Provenance", source.provenance), ("Reproducible", source.reproducible)] {
+        if set {
+            lines.insert(key.into(), "true".into());
+        }
     }
     let mut hash = Sha256::new();
     for (key, value) in &lines {
@@ -76,6 +83,9 @@ mod tests {
             target: String::new(),
             checkout_location: None,
             platform: None,
+            platforms: Vec::new(),
+            provenance: false,
+            reproducible: false,
             unknown: BTreeMap::new(),
         }
     }
@@ -101,6 +111,9 @@ mod tests {
                     target: String::new(),
                     checkout_location: None,
                     platform: None,
+                    platforms: Vec::new(),
+                    provenance: false,
+                    reproducible: false,
                     unknown: BTreeMap::new(),
                 };
                 base_ref(&text(&vector["base_image_repository"]), &source, &source.revision)
@@ -124,6 +137,17 @@ mod tests {
         let mut source = source();
         let plain = base_ref("registry/base", &source, "main");
         assert_eq!(plain, "registry/base:13339e654aad38508257f48b291b14217aa9f966f8d75e1c6ab3fd7507ddc8a4");
+        for change in [
+            |source: &mut DockerfileSource| source.provenance = true,
+            |source: &mut DockerfileSource| source.reproducible = true,
+            |source: &mut DockerfileSource| {
+                source.platforms = vec![Platform::default(), "linux/arm64".parse().unwrap()];
+            },
+        ] {
+            let mut other = source.clone();
+            change(&mut other);
+            assert_ne!(base_ref("registry/base", &other, "main"), plain);
+        }
         source.platform = Some(Platform::default());
         assert_eq!(base_ref("registry/base", &source, "main"), plain, "the default platform is no field");
         source.build_args = BTreeMap::from([("B".into(), "x\ny".into()), ("A".into(), "1".into())]);

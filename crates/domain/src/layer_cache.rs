@@ -74,9 +74,9 @@ impl CacheRefs {
         source: &DockerfileSource,
         owner: Option<&str>,
     ) -> Result<Self, InvalidReference> {
-        let platform = source.platform.clone().unwrap_or_default().to_string();
+        let platforms: Vec<_> = source.built_for().iter().map(ToString::to_string).collect();
         // As JSON no part can be taken for two.
-        let parts = serde_json::json!([source.remote_uri, source.dockerfile(), platform, owner]);
+        let parts = serde_json::json!([source.remote_uri, source.dockerfile(), platforms, owner]);
         let key = shortened(&parts.to_string(), 32);
         let branch = branch(&source.revision);
         let of = |branch: &str| format!("{repository}:{key}-{branch}").parse::<ImageReference>();

@@ -22,6 +22,8 @@ pub const REQUEST_BYTES: usize = 256 * 1024;
 pub const REFERENCE_BYTES: usize = 1_024;
 /// Bytes of a path, a revision, an owner.
 pub const FIELD_BYTES: usize = 1_024;
+/// Platforms of one image.
+pub const PLATFORMS: usize = 16;
 /// Starts of a builder for one build.
 pub const ATTEMPTS: u32 = 3;
 /// The longest a build may wait or run.

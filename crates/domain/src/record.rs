@@ -11,7 +11,7 @@ use crate::engine::Handle;
 use crate::failure::FailureReason;
 use crate::id::{BuildId, ImageKey, InstanceId, RunId};
 use crate::reference::Digest;
-use crate::run::Base;
+use crate::run::{Base, BuiltImage};
 use crate::source::Source;
 use crate::step::Step;
 
@@ -144,6 +144,9 @@ pub struct Record {
     /// Every image that a FROM names, once the build is over; bounded.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub bases: Vec<Base>,
+    /// Digest and size for each platform, once it succeeded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub images: Vec<BuiltImage>,
     /// W3C trace context of the request that made it.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub traceparent: String,
@@ -197,6 +200,7 @@ impl Record {
             digest: None,
             steps: Vec::new(),
             bases: Vec::new(),
+            images: Vec::new(),
             traceparent: String::new(),
             unknown: BTreeMap::new(),
         }

@@ -45,7 +45,12 @@ impl RunSpec {
 #[serde(rename_all = "snake_case")]
 pub enum Work {
     /// The target becomes a copy of an image that exists.
-    Copy { from: ImageReference, platform: Platform },
+    /// Without a platform: of all that it is, an index with each of its images.
+    Copy {
+        from: ImageReference,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        platform: Option<Platform>,
+    },
     /// The Dockerfile is executed, the result pushed to the base ref, and the target becomes a copy of that.
     Build { source: DockerfileSource, commit: String, base_ref: ImageReference },
 }
@@ -85,6 +90,15 @@ pub struct Base {
     pub digest: Option<Digest>,
 }
 
+/// One platform's image of what was built.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct BuiltImage {
+    pub platform: Platform,
+    pub digest: Digest,
+    /// Of config and layers, as they are moved.
+    pub bytes: u64,
+}
+
 /// What a builder tells of its work, however it ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Findings {
@@ -92,6 +106,9 @@ pub struct Findings {
     pub steps: Vec<Step>,
     #[serde(default)]
     pub bases: Vec<Base>,
+    /// Of a build that succeeded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub images: Vec<BuiltImage>,
     /// "buildah", "buildkit"; empty for a copy.
     #[serde(default)]
     pub build_tool: String,

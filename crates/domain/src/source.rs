@@ -52,7 +52,17 @@ pub struct DockerfileSource {
     pub build_args: BTreeMap<String, String>,
     /// The stage to build; empty for the last one.
     pub target: String,
+    /// The one to build for; absent for the default one, and where there are several.
     pub platform: Option<Platform>,
+    /// Several, which an index is made of, each once and in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub platforms: Vec<Platform>,
+    /// With an SLSA provenance attestation, which makes the image an index.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub provenance: bool,
+    /// With the commit's time for every file's: the same commit makes the same digest.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub reproducible: bool,
     /// For requests that name their paths in a workspace: where in it the repository lies; empty or `.` for all of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkout_location: Option<String>,
@@ -62,7 +72,28 @@ pub struct DockerfileSource {
     pub unknown: BTreeMap<String, serde_json::Value>,
 }
 
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 impl DockerfileSource {
+    /// What it is built for: one, or those of an index.
+    pub fn built_for(&self) -> Vec<Platform> {
+        if self.platforms.is_empty() {
+            vec![self.platform.clone().unwrap_or_default()]
+        } else {
+            self.platforms.clone()
+        }
+    }
+
+    /// The same as a request says it, in whatever order and number.
+    pub fn for_platforms(self, mut platforms: Vec<Platform>) -> Self {
+        platforms.sort();
+        platforms.dedup();
+        let single = if platforms.len() > 1 { None } else { platforms.pop() };
+        Self { platform: single.filter(|one| *one != Platform::default()), platforms, ..self }
+    }
+
     /// The Dockerfile's path, the default filled in.
     pub fn dockerfile(&self) -> &str {
         match self.in_checkout(&self.path) {
@@ -329,6 +360,9 @@ mod tests {
                 build_args: BTreeMap::new(),
                 target: String::new(),
                 platform: None,
+                platforms: Vec::new(),
+                provenance: false,
+                reproducible: false,
                 unknown: BTreeMap::new(),
                 checkout_location: location.map(Into::into),
             };

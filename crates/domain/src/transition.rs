@@ -265,6 +265,7 @@ fn end(record: &mut Record, state: State, findings: &Findings) {
             digest: base.digest.clone(),
         })
         .collect();
+    record.images = findings.images.iter().take(limits::PLATFORMS).cloned().collect();
     if !findings.build_tool.is_empty() {
         record.build_tool.clone_from(&findings.build_tool);
     }

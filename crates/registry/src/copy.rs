@@ -21,7 +21,7 @@ pub(crate) async fn copy(
     client: &OciRegistry,
     from: &ImageReference,
     to: &ImageReference,
-    platform: &Platform,
+    platform: Option<&Platform>,
     access: &Access,
     before_put: &mut BeforePut<'_>,
 ) -> Result<Digest, Error> {
@@ -54,17 +54,50 @@ async fn copy_blobs(
     source: &Repository<'_>,
     target: &Repository<'_>,
     from: &ImageReference,
-    platform: &Platform,
+    platform: Option<&Platform>,
 ) -> Result<Manifest, Error> {
+    let Some(platform) = platform else { return copy_whole(client, source, target, from).await };
     let manifest = match find(source, from.selector(), from, platform).await? {
         Found::Read(manifest) => *manifest,
         Found::Named(digest) => named(source, from, &digest).await?,
     };
-    let blobs = blobs(&manifest, &from.pinned(&manifest.digest).to_string())?;
+    copy_image(client, source, target, from, &manifest).await?;
+    Ok(manifest)
+}
+
+/// The same of all that a reference is; the images of an index are put by their digests.
+async fn copy_whole(
+    client: &OciRegistry,
+    source: &Repository<'_>,
+    target: &Repository<'_>,
+    from: &ImageReference,
+) -> Result<Manifest, Error> {
+    let whole = source.manifest(from.selector(), &from.to_string()).await?;
+    let Content::Index(entries) = &whole.content else {
+        copy_image(client, source, target, from, &whole).await?;
+        return Ok(whole);
+    };
+    for entry in entries {
+        let digest = digest_of(entry, &from.to_string())?;
+        let manifest = named(source, from, &digest).await?;
+        copy_image(client, source, target, from, &manifest).await?;
+        let put = || target.put_manifest(digest.as_str(), &manifest, target.name);
+        target.again(put).await?;
+    }
+    Ok(whole)
+}
+
+async fn copy_image(
+    client: &OciRegistry,
+    source: &Repository<'_>,
+    target: &Repository<'_>,
+    from: &ImageReference,
+    manifest: &Manifest,
+) -> Result<(), Error> {
+    let blobs = blobs(manifest, &from.pinned(&manifest.digest).to_string())?;
     let copies = blobs.into_iter().map(|blob| async move { blob::copy(source, target, &blob).await });
     let parallel = client.http.config.parallel_blobs.max(1);
-    stream::iter(copies).buffer_unordered(parallel).try_collect::<()>().await?;
-    Ok(manifest)
+    stream::iter(copies).buffer_unordered(parallel).try_collect::<()>().await
 }
 
 /// Reads the manifest that an index names.

@@ -67,7 +67,8 @@ pub trait Registry: Send + Sync {
     /// Costs a HEAD, which rate limits mostly don't count; a GET where a registry answers no digest to it.
     async fn digest(&self, reference: &ImageReference, access: &Access) -> Result<Option<Digest>, Error>;
 
-    /// Makes `to` the same image as `from`, for one platform, and returns its manifest's digest.
+    /// Makes `to` the same image as `from`, for one platform, and returns its manifest's digest; without a platform all that
+    /// `from` is, an index with each of its images.
     ///
     /// Blobs first: by a mount within a registry that offers it, else streamed, what is there already skipped;
     /// then the manifest, byte for byte. `before_put` is called with the digest before every attempt to PUT the
@@ -78,10 +79,20 @@ pub trait Registry: Send + Sync {
         &self,
         from: &ImageReference,
         to: &ImageReference,
-        platform: &Platform,
+        platform: Option<&Platform>,
         access: &Access,
         before_put: &mut BeforePut<'_>,
     ) -> Result<Digest, Error>;
+}
+
+/// One platform's image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sized {
+    /// None where it is no part of an index, and its own config isn't asked.
+    pub platform: Option<Platform>,
+    pub digest: Digest,
+    /// Of config and layers.
+    pub bytes: u64,
 }
 
 /// The real registries, over HTTP(S).
@@ -96,6 +107,12 @@ pub struct OciRegistry {
 impl OciRegistry {
     pub fn new(config: Config) -> Self {
         Self { http: Http::new(config), tokens: Tokens::default() }
+    }
+
+    /// What `reference` is: each of its images with the platform that an index names it for, and its size as it is moved. An
+    /// index's attestations are none.
+    pub async fn images(&self, reference: &ImageReference, access: &Access) -> Result<Vec<Sized>, Error> {
+        access.in_time(reference.registry(), resolve::images(self, reference, access)).await
     }
 
     /// How many bytes the layers of an image have, as they are moved. `reference` must name one platform's manifest.
@@ -123,7 +140,7 @@ impl Registry for OciRegistry {
         &self,
         from: &ImageReference,
         to: &ImageReference,
-        platform: &Platform,
+        platform: Option<&Platform>,
         access: &Access,
         before_put: &mut BeforePut<'_>,
     ) -> Result<Digest, Error> {

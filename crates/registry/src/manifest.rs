@@ -93,6 +93,13 @@ pub(crate) enum Choice<'a> {
     },
 }
 
+/// The entries of an index that are images, by what they are for.
+pub(crate) fn platforms(entries: &[Descriptor]) -> impl Iterator<Item = (&Descriptor, Platform)> {
+    let named = entries.iter().filter_map(|entry| Some((entry, normal(entry.platform().as_ref()?))));
+    // Attestations are entries too, for unknown/unknown.
+    named.filter(|(_, platform)| platform.os != "unknown")
+}
+
 /// Chooses as containerd does, but for this: who asks for no variant gets the base one, or else the first there is.
 pub(crate) fn choose<'a>(entries: &'a [Descriptor], platform: &Platform) -> Choice<'a> {
     let named = |entry: &'a Descriptor| entry.platform().as_ref().map(|named| (entry, normal(named)));

@@ -6,13 +6,13 @@ use kiln_domain::platform::Platform;
 use kiln_domain::reference::{Digest, ImageReference};
 use oci_spec::image::Descriptor;
 
-use crate::OciRegistry;
 use crate::access::Access;
 use crate::error::Error;
 use crate::manifest::{
-    Choice, Content, DOCKER_MANIFEST, Manifest, OCI_MANIFEST, choose, fits, platform_of_config,
+    Choice, Content, DOCKER_MANIFEST, Manifest, OCI_MANIFEST, choose, fits, platform_of_config, platforms,
 };
 use crate::repository::{Repository, digest_of};
+use crate::{OciRegistry, Sized};
 
 /// How many manifests are read to find one: an index may nest others, or not say what its entries are for.
 const MOST: usize = 16;
@@ -71,6 +71,36 @@ pub(crate) async fn bytes(
         Content::Index(_) => {
             let problem = "it is an index, of which each platform has a size of its own".to_owned();
             Err(Error::Unsupported { reference: text, problem })
+        }
+    }
+}
+
+/// See [`OciRegistry::images`].
+pub(crate) async fn images(
+    client: &OciRegistry,
+    reference: &ImageReference,
+    access: &Access,
+) -> Result<Vec<Sized>, Error> {
+    let repository = Repository::source(client, reference, access)?;
+    let text = reference.to_string();
+    let whole = repository.manifest(reference.selector(), &text).await?;
+    let sized = |platform, digest, config: &Descriptor, layers: &[Descriptor]| Sized {
+        platform,
+        digest,
+        bytes: layers.iter().map(Descriptor::size).fold(config.size(), u64::saturating_add),
+    };
+    match &whole.content {
+        Content::Image { config, layers } => Ok(vec![sized(None, whole.digest.clone(), config, layers)]),
+        Content::Index(entries) => {
+            let mut images = Vec::new();
+            for (entry, platform) in platforms(entries).take(MOST) {
+                let digest = digest_of(entry, &text)?;
+                let manifest = repository.manifest(digest.as_str(), &text).await?;
+                if let Content::Image { config, layers } = &manifest.content {
+                    images.push(sized(Some(platform), digest, config, layers));
+                }
+            }
+            Ok(images)
         }
     }
 }

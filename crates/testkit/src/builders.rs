@@ -142,7 +142,7 @@ fn read(request: &StartWorkspaceRequest) -> Result<(RunSpec, RunSecrets)> {
         };
         RunWork::Build { source, commit: commit(git)?, base_ref }
     } else {
-        RunWork::Copy { from: base_ref, platform: Platform::default() }
+        RunWork::Copy { from: base_ref, platform: Some(Platform::default()) }
     };
     let spec = RunSpec {
         run: request.id.parse()?,

@@ -153,6 +153,9 @@ impl Workshop {
             target: String::new(),
             checkout_location: None,
             platform: None,
+            platforms: Vec::new(),
+            provenance: false,
+            reproducible: false,
             unknown: BTreeMap::new(),
         };
         change(&mut source);

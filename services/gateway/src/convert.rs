@@ -12,6 +12,7 @@ use kiln_domain::failure::FailureReason;
 use kiln_domain::id::BuildId;
 use kiln_domain::platform::Platform;
 use kiln_domain::record::State;
+use kiln_domain::run::BuiltImage;
 use kiln_domain::step::Step;
 use kiln_proto::kiln_v1 as api;
 
@@ -40,7 +41,13 @@ pub(crate) fn build(entry: &Entry, queue_position: usize, progress: Option<&Prog
         steps: record.steps.iter().map(step).collect(),
         build_tool: record.build_tool.clone(),
         commit: record.commit.clone().unwrap_or_default(),
+        images: record.images.iter().map(built_image).collect(),
     }
+}
+
+fn built_image(image: &BuiltImage) -> api::BuiltImage {
+    let BuiltImage { platform, digest, bytes } = image;
+    api::BuiltImage { platform: platform.to_string(), digest: digest.to_string(), bytes: *bytes }
 }
 
 /// A reference's immutable form, as a client sees it.

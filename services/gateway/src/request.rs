@@ -39,10 +39,11 @@ pub(crate) fn source(source: Option<api::Source>, file_remotes: bool) -> Result<
                 version: dockerfile.version,
                 build_args: dockerfile.build_args.into_iter().collect(),
                 target: dockerfile.target,
-                checkout_location: None,
-                platform: platform(&dockerfile.platforms)?,
-                unknown: BTreeMap::new(),
+                provenance: dockerfile.provenance,
+                reproducible: dockerfile.reproducible,
+                ..DockerfileSource::default()
             };
+            let source = source.for_platforms(platforms(&dockerfile.platforms)?);
             source.check(file_remotes).map_err(|error| Status::invalid_argument(error.to_string()))?;
             check_text("source.dockerfile.git.username", &git.username)
                 .map_err(|error| Status::invalid_argument(error.to_string()))?;
@@ -64,24 +65,13 @@ pub(crate) fn source(source: Option<api::Source>, file_remotes: bool) -> Result<
     }
 }
 
-/// Only the default platform can be built yet; another is refused by name, never ignored.
-fn platform(platforms: &[String]) -> Result<Option<Platform>, Status> {
+/// What is to be built for; whether the installation can is its builders' to say.
+fn platforms(platforms: &[String]) -> Result<Vec<Platform>, Status> {
     const FIELD: &str = "source.dockerfile.platforms";
-    match platforms {
-        [] => Ok(None),
-        [one] => {
-            let platform: Platform = one.parse().map_err(|error| invalid(FIELD, error))?;
-            if platform == Platform::default() {
-                Ok(None)
-            } else {
-                Err(invalid(
-                    FIELD,
-                    format!("{platform} is not supported by this installation, only {}", Platform::default()),
-                ))
-            }
-        }
-        _ => Err(invalid(FIELD, "several platforms are not supported by this installation")),
+    if platforms.len() > limits::PLATFORMS {
+        return Err(invalid(FIELD, format!("may be at most {}", limits::PLATFORMS)));
     }
+    platforms.iter().map(|one| one.parse().map_err(|error| invalid(FIELD, error))).collect()
 }
 
 /// Which registry credentials the request may use.
@@ -225,10 +215,21 @@ mod tests {
     }
 
     #[test]
-    fn fields_of_later_releases_are_refused_by_name() {
-        assert!(platform(&["linux/arm64".into()]).unwrap_err().message().contains("linux/arm64"));
-        assert!(platform(&["linux/amd64".into(), "linux/arm64".into()]).is_err());
-        assert_eq!(platform(&["linux/amd64".into()]).unwrap(), None);
+    fn platforms_are_a_set() {
+        let of = |names: &[&str]| {
+            let names: Vec<_> = names.iter().map(ToString::to_string).collect();
+            platforms(&names).map(|platforms| DockerfileSource::default().for_platforms(platforms))
+        };
+        for default in [&[] as &[&str], &["linux/amd64"], &["linux/amd64", "linux/amd64"]] {
+            assert_eq!(of(default).unwrap(), DockerfileSource::default());
+        }
+        let several = of(&["linux/arm64", "linux/amd64", "linux/arm64"]).unwrap();
+        assert_eq!(several, of(&["linux/amd64", "linux/arm64"]).unwrap());
+        assert_eq!(several.built_for().len(), 2);
+        assert_eq!(of(&["linux/arm64"]).unwrap().built_for(), ["linux/arm64".parse().unwrap()]);
+        let error = of(&["arm64"]).unwrap_err();
+        assert!(error.message().starts_with("source.dockerfile.platforms: `arm64`"), "{error}");
+        assert!(of(&["linux/amd64"; limits::PLATFORMS + 1]).is_err());
     }
 
     #[test]

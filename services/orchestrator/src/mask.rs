@@ -24,7 +24,7 @@ impl Held<'_> {
             Some(patterns) => patterns.masked(text),
             None => WITHHELD.to_owned(),
         };
-        let Findings { steps, bases, build_tool } = outcome.findings;
+        let Findings { steps, bases, images, build_tool } = outcome.findings;
         let steps = steps.into_iter().map(|step| Step { name: mask(&step.name), ..step }).collect();
         let bases = bases.into_iter().map(|base| Base { reference: mask(&base.reference), ..base }).collect();
         let result = match outcome.result {
@@ -33,7 +33,7 @@ impl Held<'_> {
             }
             pushed @ RunResult::Pushed(_) => pushed,
         };
-        Ok(Outcome { result, findings: Findings { steps, bases, build_tool } })
+        Ok(Outcome { result, findings: Findings { steps, bases, images, build_tool } })
     }
 
     /// A text of the engine, which may quote what it was given.

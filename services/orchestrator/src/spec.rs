@@ -29,7 +29,9 @@ impl Held<'_> {
             (Source::Dockerfile(_), None) if !record.base_exists => {
                 return Err("the record has no commit".into());
             }
-            _ => Work::Copy { from: base_ref, platform: Platform::default() },
+            // What was built for several platforms is copied for all of them.
+            (Source::Dockerfile(_), _) => Work::Copy { from: base_ref, platform: None },
+            _ => Work::Copy { from: base_ref, platform: Some(Platform::default()) },
         };
         Ok(RunSpec {
             run: record.run(),

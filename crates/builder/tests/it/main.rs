@@ -9,6 +9,8 @@ mod corpus;
 mod credentials;
 mod layer_cache;
 mod mirrors;
+mod platforms;
 mod registries;
+mod reproducible;
 mod run;
 mod stops;

@@ -143,6 +143,7 @@ async fn story(bus: &Bus, key: &OpenKey) -> Result<()> {
             cached: true,
         }],
         bases: vec![Base { reference: "registry.test/source:1".into(), digest: Some(Digest::of(b"base")) }],
+        images: Vec::new(),
         build_tool: "buildah 1.28".into(),
     };
     let claim = |by: &_| Change::Claimed { by: Clone::clone(by) };
@@ -217,6 +218,9 @@ fn dockerfile() -> Result<DockerfileSource> {
         build_args: [("A".to_owned(), "1".to_owned())].into(),
         target: "final".into(),
         platform: Some("linux/amd64".parse()?),
+        platforms: Vec::new(),
+        provenance: false,
+        reproducible: false,
         unknown: BTreeMap::new(),
         checkout_location: None,
     })

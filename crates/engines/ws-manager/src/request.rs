@@ -6,6 +6,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use kiln_domain::failure::{Failure, FailureReason};
+use kiln_domain::platform::Platform;
 use kiln_domain::reference::ImageReference;
 use kiln_domain::run::{RunSecrets, RunSpec, Work};
 use kiln_domain::source::{DockerfileSource, git_login};
@@ -41,6 +42,15 @@ pub(crate) fn start(
         Work::Copy { from, .. } => (from, None),
         Work::Build { source, base_ref, .. } => (base_ref, Some(source)),
     };
+    let platforms = source.map(DockerfileSource::built_for).unwrap_or_default();
+    if let Some(other) = platforms.iter().find(|platform| **platform != Platform::default()) {
+        let message = format!("{other} can't be built in a workspace, only {}", Platform::default());
+        return Err(Failure::new(FailureReason::Dockerfile, message));
+    }
+    if source.is_some_and(|source| source.provenance || source.reproducible) {
+        let message = "neither provenance nor reproducible images can be had of a workspace";
+        return Err(Failure::new(FailureReason::Dockerfile, message));
+    }
     let (dockerfile, context) = paths(source);
     let initializer = match &spec.work {
         Work::Copy { .. } => {
@@ -204,7 +214,6 @@ fn go_duration(duration: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use kiln_domain::id::{BuildId, ImageKey, RunId};
-    use kiln_domain::platform::Platform;
     use kiln_domain::run::WorkspaceRequest;
 
     use super::*;
@@ -243,6 +252,9 @@ mod tests {
             build_args: BTreeMap::new(),
             target: String::new(),
             platform: None,
+            platforms: Vec::new(),
+            provenance: false,
+            reproducible: false,
             checkout_location: Some("x".into()),
             unknown: Default::default(),
         };
@@ -320,7 +332,7 @@ mod tests {
     #[test]
     fn an_image_is_copied_from_its_digest_with_nothing_fetched() {
         let from = format!("r.test/base@sha256:{}", "a".repeat(64));
-        let work = Work::Copy { from: from.parse().unwrap(), platform: Platform::default() };
+        let work = Work::Copy { from: from.parse().unwrap(), platform: Some(Platform::default()) };
         let request = start(&spec(work), &RunSecrets::default(), &config()).unwrap();
         let expected = format!("localhost:8080/base@sha256:{}", "a".repeat(64));
         assert_eq!(variable(&request, "BOB_BASE_REF").value, expected);

@@ -13,7 +13,7 @@ use kiln_testkit::front::{Front, Reply};
 const FILES: Files<'_> = &[("bin/hello", b"hello")];
 
 async fn copy(from: &ImageReference, to: &ImageReference, access: &Access) -> Result<Digest, Error> {
-    client().copy(from, to, &amd64(), access, &mut |_| Ok(Box::new(()))).await
+    client().copy(from, to, Some(&amd64()), access, &mut |_| Ok(Box::new(()))).await
 }
 
 /// Everything of the image is there, byte for byte.
@@ -158,7 +158,7 @@ async fn of_an_index_one_platform_is_copied() {
     assert_same((&here, "app"), (&there, "app"), "1", &digests[1]).await;
     assert_eq!(there.manifest("app", digests[0].as_str()).await.unwrap(), None);
     let error = client()
-        .copy(&from, &to, &"linux/s390x".parse().unwrap(), &at_once(), &mut |_| Ok(Box::new(())))
+        .copy(&from, &to, Some(&"linux/s390x".parse().unwrap()), &at_once(), &mut |_| Ok(Box::new(())))
         .await
         .unwrap_err();
     assert!(matches!(error, Error::NoPlatform { .. }), "{error}");
@@ -171,7 +171,7 @@ async fn before_the_put_the_caller_may_stop_it() {
     let (from, to) = (registry.reference("app:1").unwrap(), registry.reference("ws:1").unwrap());
     let mut told = Vec::new();
     let error = client()
-        .copy(&from, &to, &amd64(), &at_once(), &mut |digest| {
+        .copy(&from, &to, Some(&amd64()), &at_once(), &mut |digest| {
             told.push(digest.clone());
             Err(io::Error::other("revoked"))
         })
@@ -196,7 +196,7 @@ async fn a_put_that_is_tried_again_is_announced_again() {
     let mut announced = 0;
     let (from, to) = (through(&front, "app:1"), through(&front, "ws:1"));
     client()
-        .copy(&from, &to, &amd64(), &Access::anonymous(LONG), &mut |_| {
+        .copy(&from, &to, Some(&amd64()), &Access::anonymous(LONG), &mut |_| {
             announced += 1;
             Ok(Box::new(()))
         })
@@ -226,7 +226,7 @@ async fn a_put_that_has_begun_is_not_broken_off_at_the_deadline() {
     };
     let (client, platform) = (client(), amd64());
     let mut go = |_: &Digest| -> io::Result<Box<dyn Send>> { Ok(Box::new(())) };
-    let (copied, ()) = tokio::join!(client.copy(&from, &to, &platform, &access, &mut go), late);
+    let (copied, ()) = tokio::join!(client.copy(&from, &to, Some(&platform), &access, &mut go), late);
     assert_eq!(copied.unwrap(), digest);
 }
 
@@ -294,7 +294,7 @@ async fn a_push_registry_that_is_away_is_waited_for_and_another_is_not() {
     let client = client();
     let platform = amd64();
     let mut go = |_: &Digest| -> io::Result<Box<dyn Send>> { Ok(Box::new(())) };
-    let mut copying = client.copy(&from, &to, &platform, &access, &mut go);
+    let mut copying = client.copy(&from, &to, Some(&platform), &access, &mut go);
     // It is at it, and does not give up.
     let early = tokio::time::timeout(Duration::from_millis(300), &mut copying).await;
     assert!(early.is_err(), "{early:?}");
@@ -321,7 +321,7 @@ async fn an_upload_that_stands_still_is_begun_anew() {
     });
     let (from, to) = (here.reference("app:1").unwrap(), through(&front, "app:1"));
     let error = client
-        .copy(&from, &to, &amd64(), &Access::anonymous(LONG), &mut |_| Ok(Box::new(())))
+        .copy(&from, &to, Some(&amd64()), &Access::anonymous(LONG), &mut |_| Ok(Box::new(())))
         .await
         .unwrap_err();
     assert!(matches!(&error, Error::Unavailable { problem: Problem::Timeout, .. }), "{error}");

@@ -76,17 +76,20 @@ async fn a_real_registry_with_a_password() {
     for (name, to) in [("mounted", "ws/mounted:1"), ("tagged", "team/app:2")] {
         let to = registry.reference(to).unwrap();
         let copied =
-            client().copy(&reference, &to, &amd64(), &right, &mut |_| Ok(Box::new(()))).await.unwrap();
+            client().copy(&reference, &to, Some(&amd64()), &right, &mut |_| Ok(Box::new(()))).await.unwrap();
         assert_eq!(copied, digest, "{name}");
     }
     let open = DockerRegistry::start().await.unwrap();
     let to = open.reference("ws:1").unwrap();
     assert_eq!(
-        client().copy(&reference, &to, &amd64(), &right, &mut |_| Ok(Box::new(()))).await.unwrap(),
+        client().copy(&reference, &to, Some(&amd64()), &right, &mut |_| Ok(Box::new(()))).await.unwrap(),
         digest
     );
     let back = registry.reference("back:1").unwrap();
-    assert_eq!(client().copy(&to, &back, &amd64(), &right, &mut |_| Ok(Box::new(()))).await.unwrap(), digest);
+    assert_eq!(
+        client().copy(&to, &back, Some(&amd64()), &right, &mut |_| Ok(Box::new(()))).await.unwrap(),
+        digest
+    );
 
     for wrong in [at_once(), access(&[(registry.address(), "kiln:wrong")]), access(&[("127.0.0.1", LOGIN)])] {
         let error = client().resolve(&reference, &amd64(), &wrong).await.unwrap_err();
@@ -172,8 +175,10 @@ async fn one_token_for_each_side_does_for_a_whole_copy() {
         let registry = bearer_registry(&service, move |_| Reply::Forward(upstream.clone())).await;
         let to: ImageReference = format!("{}/ws/app:{expires_in}", registry.address).parse().unwrap();
         let login = access(&[(&registry.address, LOGIN)]);
-        let copied =
-            client().copy(&image(&registry), &to, &amd64(), &login, &mut |_| Ok(Box::new(()))).await.unwrap();
+        let copied = client()
+            .copy(&image(&registry), &to, Some(&amd64()), &login, &mut |_| Ok(Box::new(())))
+            .await
+            .unwrap();
         assert_eq!(copied, digest);
         let asked = service.asked();
         assert!(asked.len() >= 2 && asked.len() <= most, "{asked:?}");
@@ -233,7 +238,7 @@ async fn an_upload_at_another_host_gets_the_blob_and_no_credential() {
     .unwrap();
     let login = access(&[(&registry.address, LOGIN)]);
     let from = source.reference("app:1").unwrap();
-    client().copy(&from, &image(&registry), &amd64(), &login, &mut |_| Ok(Box::new(()))).await.unwrap();
+    client().copy(&from, &image(&registry), Some(&amd64()), &login, &mut |_| Ok(Box::new(()))).await.unwrap();
     let asked = storage.asked();
     assert_eq!(asked.len(), 2);
     assert!(asked.iter().all(|asked| asked.is("PUT", "/upload?state=1&digest=sha256%3A")), "{asked:?}");

@@ -47,7 +47,10 @@ async fn an_authority_of_ones_own_is_believed_where_it_is_named_and_nowhere_else
     let trusts = client(address, Some(authority.ca()), None);
     assert_eq!(trusts.resolve(&image, &amd64(), &access).await.unwrap(), digest);
     let to = registry.reference("ws/app:1").unwrap();
-    assert_eq!(trusts.copy(&image, &to, &amd64(), &access, &mut |_| Ok(Box::new(()))).await.unwrap(), digest);
+    assert_eq!(
+        trusts.copy(&image, &to, Some(&amd64()), &access, &mut |_| Ok(Box::new(()))).await.unwrap(),
+        digest
+    );
     // A host without a port stands for all of its ports.
     let trusts = client("127.0.0.1", Some(authority.ca()), None);
     assert_eq!(trusts.digest(&image, &access).await.unwrap(), Some(digest));

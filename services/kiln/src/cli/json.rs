@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use kiln_proto::kiln_v1::{Build, BuildState, FailureReason, LogInfo, Step};
+use kiln_proto::kiln_v1::{Build, BuildState, BuiltImage, FailureReason, LogInfo, Step};
 use serde::Serialize;
 
 use super::stream::Piece;
@@ -35,6 +35,14 @@ pub(super) struct BuildJson<'a> {
     queue_position: u32,
     current_step: Option<StepJson<'a>>,
     steps: Vec<StepJson<'a>>,
+    images: Vec<ImageJson<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct ImageJson<'a> {
+    platform: &'a str,
+    digest: &'a str,
+    bytes: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -70,7 +78,14 @@ impl<'a> From<&'a Build> for BuildJson<'a> {
             queue_position: build.queue_position,
             current_step: build.current_step.as_ref().map(StepJson::from),
             steps: build.steps.iter().map(StepJson::from).collect(),
+            images: build.images.iter().map(ImageJson::from).collect(),
         }
+    }
+}
+
+impl<'a> From<&'a BuiltImage> for ImageJson<'a> {
+    fn from(image: &'a BuiltImage) -> Self {
+        Self { platform: &image.platform, digest: &image.digest, bytes: image.bytes }
     }
 }
 

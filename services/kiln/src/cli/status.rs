@@ -1,7 +1,7 @@
 //! `kiln status`: one build's record.
 
 use jiff::Timestamp;
-use kiln_proto::kiln_v1::{Build, BuildStatusRequest, Step};
+use kiln_proto::kiln_v1::{Build, BuildStatusRequest, BuiltImage, Step};
 
 use super::connection::{Connection, Gateway, answer};
 use super::failure::{Exit, Failure};
@@ -75,11 +75,19 @@ fn describe(build: &Build, now: Timestamp) -> String {
         .filter(|(_, value)| !value.is_empty())
         .map(|(name, value)| [name.to_owned(), value]);
     let mut text = table(None, known);
+    if !build.images.is_empty() {
+        text.push_str("\n\n");
+        text.push_str(&table(Some(["PLATFORM", "BYTES", "DIGEST"]), build.images.iter().map(image_row)));
+    }
     if !build.steps.is_empty() {
         text.push_str("\n\n");
         text.push_str(&table(Some(["STEP", "TIME", "NAME"]), build.steps.iter().map(step_row)));
     }
     text
+}
+
+fn image_row(image: &BuiltImage) -> [String; 3] {
+    [image.platform.clone(), image.bytes.to_string(), image.digest.clone()]
 }
 
 fn step_row(step: &Step) -> [String; 3] {

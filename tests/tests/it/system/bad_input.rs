@@ -50,7 +50,7 @@ async fn requests_that_are_wrong_are_refused_by_name() -> Result<()> {
             "secrets",
         ),
         (
-            dockerfile(&repository.uri, |dockerfile| dockerfile.platforms = vec!["linux/arm64".into()]),
+            dockerfile(&repository.uri, |dockerfile| dockerfile.platforms = vec!["arm64".into()]),
             Code::InvalidArgument,
             "source.dockerfile.platforms",
         ),

@@ -121,6 +121,9 @@ fn refs(stage: &Stage, repository: &Repository) -> Result<(String, String)> {
         build_args: Default::default(),
         target: String::new(),
         platform: None,
+        platforms: Vec::new(),
+        provenance: false,
+        reproducible: false,
         checkout_location: None,
         unknown: Default::default(),
     };

@@ -206,7 +206,7 @@ fn archives(context: &Path) -> Result<()> {
     for (flags, name) in [("-cf", "a.tar"), ("-czf", "a.tar.gz")] {
         let made = Command::new("tar")
             .current_dir(context)
-            .args([flags, name, "--owner=0", "--group=0", "in"])
+            .args([flags, name, "--mtime=@0", "--owner=0", "--group=0", "in"])
             .status()?;
         ensure!(made.success(), "tar");
     }

@@ -106,7 +106,10 @@ impl WsManagerPlace {
         let from = format!("registry.test/base@{}", Digest::of(b"base"));
         Ok(RunSpec {
             run: RunId::new(&build, 1),
-            work: Work::Copy { from: from.parse().context("a reference")?, platform: Platform::default() },
+            work: Work::Copy {
+                from: from.parse().context("a reference")?,
+                platform: Some(Platform::default()),
+            },
             target_ref,
             owner: "ann".into(),
             timeout_ms: 60_000,

@@ -21,7 +21,7 @@ pub(crate) struct BuildArgs {
     #[arg(value_name = "GIT_URL", required_unless_present = "image")]
     git_url: Option<String>,
     /// Copy this image instead of building from a repository
-    #[arg(long, value_name = "REF", conflicts_with_all = ["git_url", "revision", "file", "context", "build_args", "target", "secrets", "git_username", "git_password_file"])]
+    #[arg(long, value_name = "REF", conflicts_with_all = ["git_url", "revision", "file", "context", "build_args", "target", "platforms", "provenance", "reproducible", "secrets", "git_username", "git_password_file"])]
     image: Option<String>,
     /// A commit, branch or tag [default: the remote's HEAD]
     #[arg(long, value_name = "REVISION")]
@@ -38,6 +38,15 @@ pub(crate) struct BuildArgs {
     /// The stage to build [default: the last one]
     #[arg(long, value_name = "STAGE")]
     target: Option<String>,
+    /// Build for these, e.g. linux/amd64,linux/arm64: several make an image index [default: linux/amd64]
+    #[arg(long = "platform", value_name = "PLATFORM", value_delimiter = ',')]
+    platforms: Vec<String>,
+    /// Attest what it was made of (SLSA provenance), which makes the image an index
+    #[arg(long)]
+    provenance: bool,
+    /// Give every file the commit's time, so that the same commit makes the same digest
+    #[arg(long)]
+    reproducible: bool,
     /// A file for `RUN --mount=type=secret,id=ID`; may be given several times. It is no part of the image, and not shown
     #[arg(long = "secret", value_name = "id=ID,src=FILE", value_parser = secret)]
     secrets: Vec<(String, PathBuf)>,
@@ -91,6 +100,9 @@ impl BuildArgs {
                 context_path: self.context.unwrap_or_default(),
                 build_args: last_of_each(self.build_args),
                 target: self.target.unwrap_or_default(),
+                platforms: self.platforms,
+                provenance: self.provenance,
+                reproducible: self.reproducible,
                 ..Dockerfile::default()
             }),
         };
@@ -210,6 +222,8 @@ mod tests {
             "a/Dockerfile",
             "--context",
             ".",
+            "--platform",
+            "linux/amd64,linux/arm64",
             "--target",
             "release",
             "--build-arg",
@@ -242,6 +256,7 @@ mod tests {
         let dockerfile = dockerfile(request);
         assert_eq!((dockerfile.path.as_str(), dockerfile.context_path.as_str()), ("a/Dockerfile", "."));
         assert_eq!(dockerfile.target, "release");
+        assert_eq!(dockerfile.platforms, ["linux/amd64", "linux/arm64"]);
         let args =
             [("A", "2"), ("B", "=x="), ("C", "")].map(|(name, value)| (name.to_owned(), value.to_owned()));
         assert_eq!(dockerfile.build_args, args.into());

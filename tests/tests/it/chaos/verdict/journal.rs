@@ -67,6 +67,7 @@ fn change(before: Option<&Record>, event: &Event) -> Result<Change, String> {
     let findings = Findings {
         steps: after.steps.clone(),
         bases: after.bases.clone(),
+        images: after.images.clone(),
         build_tool: after.build_tool.clone(),
     };
     Ok(match event.name.as_str() {
