@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use async_nats::jetstream::stream::{DiscardPolicy, Info, StorageType};
-use async_nats::jetstream::{self, context::GetStreamErrorKind, kv, stream};
+use async_nats::jetstream::{kv, stream};
 use futures::StreamExt as _;
 use kiln_contract::subject;
 use prometheus_client::registry::Registry;
@@ -18,7 +18,7 @@ use self::metrics::Metrics;
 use self::mirror::Mirror;
 use crate::connection::{Bus, DISK};
 use crate::error::BusError;
-use crate::inspect::{differences, of_bucket, share};
+use crate::inspect::{differences, is_missing, of_bucket, share};
 use crate::journal::jittered;
 use crate::layout::{Layout, buckets, streams};
 use crate::trouble::Trouble;
@@ -223,10 +223,6 @@ impl Keeper {
         }
         self.troubles = found;
     }
-}
-
-fn is_missing(kind: &GetStreamErrorKind) -> bool {
-    matches!(kind, GetStreamErrorKind::JetStream(error) if error.error_code() == jetstream::ErrorCode::STREAM_NOT_FOUND)
 }
 
 /// What is wrong with a stream that is there: a word and a sentence for each.
