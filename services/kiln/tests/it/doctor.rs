@@ -182,6 +182,11 @@ fn what_is_left_of_runs_is_listed_and_removed() {
         has(&found, "warning", "runs", &format!("`{}`, of which no build is known", run_id("left"))),
         "{found:?}"
     );
+    assert!(
+        findings.iter().any(|finding| finding["part"] == "runs"
+            && finding["remedy"].as_str().is_some_and(|remedy| remedy.contains("no orchestrator does"))),
+        "{findings:#?}"
+    );
     assert!(has(&found, "problem", "processes", &format!(" {} sleep", process.id())), "{found:?}");
     assert!(has(&found, "warning", "runs", "1 revocations are older than a day"), "{found:?}");
     // Where one may mount.
