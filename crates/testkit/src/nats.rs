@@ -183,6 +183,14 @@ impl NatsServer {
         self.signal(Signal::CONT)
     }
 
+    /// Whether what is written to a stream is left unanswered, as by one that met a full disk.
+    pub async fn take_in_silence(&self, stream: &str, silent: bool) -> Result<()> {
+        let by_hand = by_hand(&self.url()).await?;
+        let config = by_hand.get_stream(stream).await?.cached_info().config.clone();
+        by_hand.update_stream(async_nats::jetstream::stream::Config { no_ack: silent, ..config }).await?;
+        Ok(())
+    }
+
     /// As somebody's hand does it: the stream and all that it holds is gone.
     pub async fn delete_stream(&self, stream: &str) -> Result<()> {
         delete_stream(&self.url(), stream).await
