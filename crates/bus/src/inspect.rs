@@ -3,10 +3,13 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use async_nats::jetstream::stream::{Config, DiscardPolicy, Info, StorageType};
+use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
+use async_nats::jetstream::stream::{Config, DiscardPolicy, Info, Stream};
 use async_nats::jetstream::{self, kv};
 use futures::StreamExt as _;
 use kiln_contract::bucket;
+use kiln_contract::orchestrator::Cancel;
+use kiln_contract::question::Question;
 use kiln_domain::finding::Finding;
 use kiln_domain::id::InstanceId;
 
@@ -14,6 +17,7 @@ use crate::connection::{Bus, DISK};
 use crate::error::BusError;
 use crate::holders::leases;
 use crate::layout::{Layout, buckets, streams};
+use crate::room::size;
 
 /// What Kiln's own configurations set. With less, larger requests are refused.
 const MAX_PAYLOAD: usize = 8 << 20;
@@ -23,8 +27,11 @@ const TESTED: (u64, u64) = (2, 15);
 const MAX_CONSUMERS: usize = 1_000;
 /// A mirror that is behind by so many messages stands still rather than lags.
 const MIRROR_LAG: u64 = 10_000;
-/// How long services may take to say that they are there.
+/// How long services may take to say that they are there; longer, while fewer do than hold leases.
 const ANSWERS: Duration = Duration::from_millis(700);
+const LATE_ANSWERS: Duration = Duration::from_secs(3);
+/// Of the roles that hold leases, the one that is asked.
+const ORCHESTRATOR: &str = <Cancel as Question>::SERVICE;
 
 const RESTART: &str = "restart a role, or `kiln up`: at its start it brings streams and buckets up to date; if it differs again, \
      processes have different `streams.*` in their configurations";
@@ -43,15 +50,29 @@ pub struct Instances {
 impl Bus {
     /// Examines the server, its JetStream, and every stream and bucket.
     pub async fn inspect(&self, layout: &Layout) -> Vec<Finding> {
-        let mut findings = self.inspect_server(layout).await;
+        let mut findings = self.inspect_server(layout);
+        let (mut of_streams, mut missing) = (Vec::new(), Vec::new());
         let buckets = buckets(layout).map(of_bucket);
         for (what, wanted) in streams(layout)
             .into_iter()
             .map(|wanted| (format!("stream {}", wanted.name), wanted))
             .chain(buckets.into_iter().map(|(name, wanted)| (format!("bucket {name}"), wanted)))
         {
-            findings.extend(self.inspect_stream(&what, &wanted).await);
+            let found = self.js.get_stream(&wanted.name).await;
+            of_streams.extend(of_answer(&what, &wanted, &found));
+            if found.is_err_and(|error| is_missing(&error.kind())) {
+                missing.push(wanted);
+            }
         }
+        findings.push(match self.js.query_account().await {
+            Ok(account) => self.inspect_room(&account, layout, &missing).await,
+            Err(error) => Finding::problem(
+                "nats jetstream",
+                format!("it does not answer: {error}"),
+                "see the log of nats-server: JetStream ends when its disk is full or broken (make room, then restart nats-server), and in a cluster it needs most servers",
+            ),
+        });
+        findings.append(&mut of_streams);
         findings.push(match self.probe().await {
             Ok(()) => Finding::ok("nats writes", "what is written is taken"),
             Err(error) => Finding::problem("nats writes", format!("nothing is taken: {error}"), DISK),
@@ -74,9 +95,13 @@ impl Bus {
             self.client.subscribe(inbox.clone()).await.map_err(|error| BusError::unavailable(ASK, error))?;
         let asked = self.client.publish_with_reply("$SRV.PING", inbox, "".into()).await;
         asked.map_err(|error| BusError::unavailable(ASK, error))?;
-        let mut services = Vec::new();
-        let until = tokio::time::Instant::now() + ANSWERS;
-        while let Ok(Some(answer)) = tokio::time::timeout_at(until, answers.next()).await {
+        let mut services: Vec<String> = Vec::new();
+        let held = live.iter().filter(|instance| instance.role() == ORCHESTRATOR).count();
+        let asked = tokio::time::Instant::now();
+        loop {
+            let answer = services.iter().filter(|name| name.as_str() == ORCHESTRATOR).count();
+            let until = asked + if answer < held { LATE_ANSWERS } else { ANSWERS };
+            let Ok(Some(answer)) = tokio::time::timeout_at(until, answers.next()).await else { break };
             let answer: serde_json::Value = serde_json::from_slice(&answer.payload).unwrap_or_default();
             let name = answer.get("name").and_then(|name| name.as_str());
             services.extend(name.and_then(|name| name.strip_prefix("kiln-")).map(str::to_owned));
@@ -84,7 +109,7 @@ impl Bus {
         Ok(Instances { leases: live, hosts, services })
     }
 
-    async fn inspect_server(&self, layout: &Layout) -> Vec<Finding> {
+    fn inspect_server(&self, layout: &Layout) -> Vec<Finding> {
         let info = self.client.server_info();
         let mut findings = vec![version(&info.version)];
         let payload = self.client.max_payload();
@@ -111,38 +136,29 @@ impl Bus {
                 "connect to a cluster of as many servers, or set `streams.replicas` to 1",
             ),
         });
-        findings.push(match self.js.query_account().await {
-            Ok(account) => room(&account, layout),
-            Err(error) => Finding::problem(
-                "nats jetstream",
-                format!("it does not answer: {error}"),
-                "see the log of nats-server: JetStream ends when its disk is full or broken (make room, then restart nats-server), and in a cluster it needs most servers",
-            ),
-        });
         findings
     }
+}
 
-    async fn inspect_stream(&self, what: &str, wanted: &Config) -> Vec<Finding> {
-        match self.js.get_stream(&wanted.name).await {
-            Ok(stream) => of_stream(what, wanted, stream.cached_info()),
-            Err(error) => vec![match error.kind() {
-                jetstream::context::GetStreamErrorKind::JetStream(error)
-                    if error.error_code() == jetstream::ErrorCode::STREAM_NOT_FOUND =>
-                {
-                    Finding::problem(
-                        what,
-                        "it is not there",
-                        "start a role, or `kiln up`: while one runs it makes what is missing; what the stream held is lost",
-                    )
-                }
-                _ => Finding::problem(
-                    what,
-                    format!("the server says nothing of it: {error}"),
-                    "see the log of nats-server: a stream without a leader needs most of its servers, and one that met a full disk a restart of nats-server",
-                ),
-            }],
-        }
+fn of_answer(what: &str, wanted: &Config, answer: &Result<Stream, GetStreamError>) -> Vec<Finding> {
+    match answer {
+        Ok(stream) => of_stream(what, wanted, stream.cached_info()),
+        Err(error) if is_missing(&error.kind()) => vec![Finding::problem(
+            what,
+            "it is not there",
+            "start a role, or `kiln up`: while one runs it makes what is missing; what the stream held is lost",
+        )],
+        Err(error) => vec![Finding::problem(
+            what,
+            format!("the server says nothing of it: {error}"),
+            "see the log of nats-server: a stream without a leader needs most of its servers, and one that met a full disk a restart of nats-server",
+        )],
     }
+}
+
+/// Whether the answer to a question about a stream is that there is none.
+pub(crate) fn is_missing(kind: &GetStreamErrorKind) -> bool {
+    matches!(kind, GetStreamErrorKind::JetStream(error) if error.error_code() == jetstream::ErrorCode::STREAM_NOT_FOUND)
 }
 
 fn version(version: &str) -> Finding {
@@ -158,31 +174,6 @@ fn version(version: &str) -> Finding {
         ),
         // An older one than Kiln can use was refused when it was connected to.
         _ => Finding::ok("nats", format!("reached; nats-server {version}")),
-    }
-}
-
-fn room(account: &jetstream::account::Account, layout: &Layout) -> Finding {
-    const PART: &str = "nats jetstream";
-    let wanted: u64 = streams(layout)
-        .iter()
-        .filter(|stream| stream.storage == StorageType::File)
-        .chain(buckets(layout).map(|bucket| of_bucket(bucket).1).iter())
-        .filter_map(|stream| u64::try_from(stream.max_bytes).ok())
-        .sum();
-    let used =
-        format!("{} on disk, {} reserved for streams", size(account.storage), size(account.reserved_storage));
-    match account.limits.max_storage.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0) {
-        Some(limit) if limit < wanted => Finding::problem(
-            PART,
-            format!(
-                "the account may use {}, and the streams are to hold up to {}",
-                size(limit),
-                size(wanted)
-            ),
-            "raise the account's limit, or lower `streams.journal_max_bytes` and `streams.logs_max_bytes`",
-        ),
-        Some(limit) => Finding::ok(PART, format!("{used}; the account may use {}", size(limit))),
-        None => Finding::ok(PART, used),
     }
 }
 
@@ -341,16 +332,4 @@ pub(crate) fn differences(wanted: &Config, found: &Config) -> Vec<String> {
         ));
     }
     differences
-}
-
-/// `3.2 GiB`.
-fn size(bytes: u64) -> String {
-    const UNITS: [(u64, &str); 4] = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B")];
-    let (unit, name) = UNITS.into_iter().find(|(unit, _)| bytes >= *unit).unwrap_or((1, "B"));
-    let tenths = bytes.saturating_mul(10) / unit;
-    if tenths.is_multiple_of(10) {
-        format!("{} {name}", tenths / 10)
-    } else {
-        format!("{}.{} {name}", tenths / 10, tenths % 10)
-    }
 }

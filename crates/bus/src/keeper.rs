@@ -8,17 +8,18 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use async_nats::jetstream::stream::{DiscardPolicy, Info, StorageType};
-use async_nats::jetstream::{self, context::GetStreamErrorKind, kv, stream};
+use async_nats::jetstream::{kv, stream};
 use futures::StreamExt as _;
 use kiln_contract::subject;
 use prometheus_client::registry::Registry;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use self::metrics::Metrics;
 use self::mirror::Mirror;
 use crate::connection::{Bus, DISK};
 use crate::error::BusError;
-use crate::inspect::{differences, of_bucket, share};
+use crate::inspect::{differences, is_missing, of_bucket, share};
 use crate::journal::jittered;
 use crate::layout::{Layout, buckets, streams};
 use crate::trouble::Trouble;
@@ -28,6 +29,7 @@ const LOOK: Duration = Duration::from_secs(5);
 /// How soon it looks again at what was missing.
 const LOOK_AT_MISSING: Duration = Duration::from_secs(1);
 const MISSING: &str = "missing";
+const NO_LEADER: &str = "no_leader";
 const IN_MEMORY: &str = "it is kept in memory, and nats-server was started anew or somebody deleted it";
 /// How long a stream must have been missing before it is made again. nats-server 2.15 tells of a deletion before it has removed
 /// the stream's folder: one that is made at that moment loses its own, and takes nothing until the server is restarted.
@@ -50,6 +52,22 @@ pub struct Keeper {
     mirror: Mirror,
     /// What was wrong when it looked last.
     troubles: BTreeMap<Trouble, String>,
+    /// Why nothing is taken.
+    takes: watch::Sender<Option<String>>,
+}
+
+/// Whether the bus takes what is written, as a keeper saw it last; clones share it.
+#[derive(Clone, Debug)]
+pub struct Takes(watch::Receiver<Option<String>>);
+
+impl Takes {
+    /// For who is about to have something written: an error, at once, while nothing is taken.
+    pub fn check(&self, operation: &'static str) -> Result<(), BusError> {
+        match &*self.0.borrow() {
+            Some(why) => Err(BusError::Full { operation, detail: why.clone() }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// How what is missing is made.
@@ -68,7 +86,13 @@ impl Keeper {
             missing_since: BTreeMap::new(),
             mirror: Mirror::default(),
             troubles: BTreeMap::new(),
+            takes: watch::Sender::new(None),
         }
+    }
+
+    /// What it finds of writes.
+    pub fn takes(&self) -> Takes {
+        Takes(self.takes.subscribe())
     }
 
     /// Looks again and again; ends when it is dropped.
@@ -149,11 +173,11 @@ impl Keeper {
                     continue;
                 }
                 Ok(Err(error)) => {
-                    note(&name, "no_leader", format!("the server says nothing of it: {error}"));
+                    note(&name, NO_LEADER, format!("the server says nothing of it: {error}"));
                     continue;
                 }
                 Err(error) => {
-                    note(&name, "no_leader", error.to_string());
+                    note(&name, NO_LEADER, error.to_string());
                     continue;
                 }
             };
@@ -167,12 +191,17 @@ impl Keeper {
                 _ => {}
             }
         }
-        if found.is_empty()
+        // Written to is a bucket, which must be there for that.
+        let mut takes_nothing = None;
+        if found.keys().all(|trouble| ![MISSING, NO_LEADER].contains(&trouble.what))
             && let Err(error) = self.bus.probe().await
         {
             let trouble = Trouble { part: "bus".to_owned(), what: "takes_nothing" };
-            found.insert(trouble, format!("nats-server answers, and takes no write: {error}; {DISK}"));
+            let why = format!("nats-server answers, and takes no write: {error}; {DISK}");
+            takes_nothing = Some(why.clone());
+            found.insert(trouble, why);
         }
+        self.takes.send_replace(takes_nothing);
         if let (Some(journal), Some(mirror)) = (journal, mirror) {
             let lag = mirror::lag(&journal, &mirror);
             self.metrics.mirror_lag.set(i64::try_from(lag).unwrap_or(i64::MAX));
@@ -225,10 +254,6 @@ impl Keeper {
     }
 }
 
-fn is_missing(kind: &GetStreamErrorKind) -> bool {
-    matches!(kind, GetStreamErrorKind::JetStream(error) if error.error_code() == jetstream::ErrorCode::STREAM_NOT_FOUND)
-}
-
 /// What is wrong with a stream that is there: a word and a sentence for each.
 fn wrong_with(wanted: &stream::Config, info: &Info) -> Vec<(&'static str, String)> {
     let mut wrong = Vec::new();
@@ -247,7 +272,7 @@ fn wrong_with(wanted: &stream::Config, info: &Info) -> Vec<(&'static str, String
         ));
     }
     if info.cluster.as_ref().is_some_and(|cluster| cluster.leader.is_none()) {
-        wrong.push(("no_leader", "nothing can be written: most of its servers must run".into()));
+        wrong.push((NO_LEADER, "nothing can be written: most of its servers must run".into()));
     }
     wrong
 }

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream::context::CreateStreamErrorKind;
+use async_nats::jetstream::context::{CreateStreamError, CreateStreamErrorKind};
 use async_nats::jetstream::{kv, stream};
 use kiln_contract::{bucket, subject};
 use kiln_domain::limits;
 
 use crate::connection::Bus;
 use crate::error::BusError;
+use crate::room;
 
 /// What an installation may choose of its streams.
 #[derive(Clone, Debug)]
@@ -42,10 +43,15 @@ impl Bus {
     /// cluster that is too young to have a place for them, it is refused for a while: it is tried for some seconds.
     pub async fn provision(&self, layout: &Layout) -> Result<(), BusError> {
         let give_up = tokio::time::Instant::now() + PATIENCE;
+        let mut said = String::new();
         loop {
             match self.try_provision(layout).await {
                 Err(error) if tokio::time::Instant::now() < give_up => {
-                    tracing::warn!("trying again: {error}");
+                    let error = error.to_string();
+                    if said != error {
+                        tracing::warn!("trying again for some seconds: {error}");
+                        said = error;
+                    }
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }
                 decided => return decided,
@@ -59,15 +65,20 @@ impl Bus {
             let name = config.name.clone();
             let made = async {
                 let Err(why) = self.js.create_stream(config.clone()).await else { return Ok(()) };
+                let with_advice = |error: &CreateStreamError, says: String| match room::lacking(error) {
+                    true => format!("{says}; {}", room::advice(&name, layout)),
+                    false => says,
+                };
                 // It exists, made otherwise; or another process makes it now.
                 match self.js.update_stream(config).await {
                     Ok(_) => Ok(()),
                     Err(error) if error.kind() == CreateStreamErrorKind::NotFound => {
-                        Err(format!("it can't be made: {why}"))
+                        Err(with_advice(&why, format!("it can't be made: {why}")))
                     }
-                    Err(error) => {
-                        Err(format!("it is there, and can't be changed to these settings: {error}"))
-                    }
+                    Err(error) => Err(with_advice(
+                        &error,
+                        format!("it is there, and can't be changed to these settings: {error}"),
+                    )),
                 }
             };
             made.await.map_err(|why| refused(format!("stream {name}: {why}")))?;
@@ -76,10 +87,12 @@ impl Bus {
             let name = config.bucket.clone();
             let made = self.js.create_or_update_key_value(config).await;
             made.map_err(|error| {
-                let why = std::error::Error::source(&error).map(|why| format!(": {why}")).unwrap_or_default();
-                refused(format!(
-                    "bucket {name}: it can't be made, or changed to these settings: {error}{why}"
-                ))
+                let mut says =
+                    format!("bucket {name}: it can't be made, or changed to these settings: {error}");
+                if room::lacking(&error) {
+                    says = format!("{says}; {}", room::advice(&format!("KV_{name}"), layout));
+                }
+                refused(says)
             })?;
         }
         Ok(())

@@ -18,6 +18,7 @@ mod lease;
 pub mod logs;
 pub mod refs;
 pub mod revocations;
+mod room;
 pub mod seal;
 pub mod secrets;
 pub mod serve;

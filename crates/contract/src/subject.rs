@@ -10,6 +10,8 @@ pub const EVENTS_STREAM: &str = "KILN_EVENTS";
 pub const LOGS_STREAM: &str = "KILN_LOGS";
 /// The running steps, one message a build, in memory.
 pub const PROGRESS_STREAM: &str = "KILN_PROGRESS";
+/// There for a moment, while it is examined whether the server has room.
+pub const TRIAL_STREAM: &str = "KILN_TRIAL";
 
 /// Every subject of the journal: `kiln.build.v1.<image key>.<build id>.<event>`.
 pub const JOURNAL_SUBJECTS: &str = "kiln.build.v1.*.*.*";

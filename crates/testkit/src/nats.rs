@@ -28,6 +28,8 @@ pub struct NatsServer {
     /// 0 until the first start; then it stays the same over every restart.
     port: u16,
     routes: Option<Routes>,
+    /// Bounds its store.
+    store_bytes: Option<u64>,
     child: Option<Child>,
 }
 
@@ -49,6 +51,14 @@ pub struct NatsCluster {
 /// Starts one server.
 pub async fn run_server() -> Result<NatsServer> {
     let mut server = NatsServer::new("alone".into(), None)?;
+    server.start_again().await?;
+    Ok(server)
+}
+
+/// Starts one that keeps no more than `bytes` on disk.
+pub async fn run_small_server(bytes: u64) -> Result<NatsServer> {
+    let mut server = NatsServer::new("alone".into(), None)?;
+    server.store_bytes = Some(bytes);
     server.start_again().await?;
     Ok(server)
 }
@@ -115,7 +125,7 @@ impl NatsServer {
     fn new(name: String, routes: Option<Routes>) -> Result<Self> {
         let folder = TempDir::new()?;
         std::fs::create_dir(folder.path().join("ports"))?;
-        Ok(Self { folder, program: find_program()?, name, port: 0, routes, child: None })
+        Ok(Self { folder, program: find_program()?, name, port: 0, routes, store_bytes: None, child: None })
     }
 
     /// `nats://127.0.0.1:port`, the same over every restart.
@@ -173,6 +183,14 @@ impl NatsServer {
         self.signal(Signal::CONT)
     }
 
+    /// Whether what is written to a stream is left unanswered, as by one that met a full disk.
+    pub async fn take_in_silence(&self, stream: &str, silent: bool) -> Result<()> {
+        let by_hand = by_hand(&self.url()).await?;
+        let config = by_hand.get_stream(stream).await?.cached_info().config.clone();
+        by_hand.update_stream(async_nats::jetstream::stream::Config { no_ack: silent, ..config }).await?;
+        Ok(())
+    }
+
     /// As somebody's hand does it: the stream and all that it holds is gone.
     pub async fn delete_stream(&self, stream: &str) -> Result<()> {
         delete_stream(&self.url(), stream).await
@@ -219,9 +237,10 @@ impl NatsServer {
     fn config(&self) -> String {
         let port = if self.port == 0 { "-1".to_owned() } else { self.port.to_string() };
         let (folder, name) = (self.folder.path().display(), &self.name);
+        let bound = self.store_bytes.map_or_else(String::new, |bytes| format!(", max_file_store: {bytes}"));
         let mut config = format!(
             "server_name: {name}\nlisten: \"127.0.0.1:{port}\"\nports_file_dir: \"{folder}/ports\"\n\
-             max_payload: 8388608\njetstream {{ store_dir: \"{folder}/store\", sync_interval: always }}\n"
+             max_payload: 8388608\njetstream {{ store_dir: \"{folder}/store\", sync_interval: always{bound} }}\n"
         );
         if let Some(Routes { port, all, hidden }) = &self.routes {
             let others = all.iter().filter(|other| *other != port);

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _, stream};
-use kiln_bus::Bus;
 use kiln_bus::journal::{Entry, Journal};
 use kiln_bus::logs::Start;
 use kiln_bus::seal::SealKey;
@@ -23,6 +22,7 @@ use kiln_proto::kiln_v1 as api;
 use kiln_proto::kiln_v1::builds_server::Builds;
 use tonic::{Request, Response, Status};
 
+use crate::ask::Asker;
 use crate::config::Config;
 use crate::cut::Cuts;
 use crate::list::Query;
@@ -44,7 +44,7 @@ const STEPS_AT_ONCE: usize = 32;
 /// The service behind `kiln.v1.Builds`.
 pub(crate) struct BuildsApi {
     pub(crate) config: Config,
-    pub(crate) bus: Bus,
+    pub(crate) asker: Asker,
     pub(crate) view: View,
     pub(crate) build_logs: BuildLogs,
     pub(crate) steps: Steps,
@@ -152,7 +152,8 @@ impl Builds for BuildsApi {
                 check_text("reason", &request.reason)
                     .map_err(|error| Status::invalid_argument(error.to_string()))?;
                 let question = ask::Cancel { build_id: id.to_string(), reason: request.reason };
-                let answer = self.bus.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
+                let answer =
+                    self.asker.ask_to_write(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
                 self.build_of(answer).await
             })
             .await
@@ -186,7 +187,7 @@ impl Builds for BuildsApi {
                     secrets: self.seal(&secrets)?,
                     refresh: request.refresh,
                 };
-                let answer = self.bus.ask(&question, PATIENCE).await.map_err(|mut refusal| {
+                let answer = self.asker.ask(&question, PATIENCE).await.map_err(|mut refusal| {
                     refusal.message.insert_str(0, "ref: ");
                     status::of(&refusal)
                 })?;
@@ -205,7 +206,7 @@ impl Builds for BuildsApi {
         self.metrics
             .call("ListWarmImages", request, async |_| {
                 let list =
-                    self.bus.ask(&ListWarm {}, PATIENCE).await.map_err(|refusal| status::of(&refusal))?;
+                    self.asker.ask(&ListWarm {}, PATIENCE).await.map_err(|refusal| status::of(&refusal))?;
                 Ok(api::ListWarmImagesResponse {
                     images: list.images.into_iter().map(convert::warm_image).collect(),
                 })
@@ -226,7 +227,7 @@ impl Builds for BuildsApi {
                     secrets: self.seal(&secrets)?,
                     clone_target: None,
                 };
-                let answer = self.bus.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
+                let answer = self.asker.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
                 Ok(api::ResolveWorkspaceImageResponse {
                     r#ref: answer.target_ref,
                     base_ref: answer.base_ref,
@@ -256,7 +257,8 @@ impl BuildsApi {
             clone_target: None,
             unfetchable: String::new(),
         };
-        let answer = self.bus.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
+        let answer =
+            self.asker.ask_to_write(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
         let outcome = match (answer.build, answer.already_built) {
             (Some(build), _) => api::build_image_response::Outcome::Build(self.build_of(build).await?),
             (None, Some(built)) => api::build_image_response::Outcome::AlreadyBuilt(api::AlreadyBuilt {

@@ -6,6 +6,7 @@
 //! - *I tell* nobody anything but my callers.
 //! - *I never* decide what becomes of a build, append to a stream, or speak to a registry, a git remote or an engine.
 
+mod ask;
 mod builds;
 mod compat;
 mod config;
@@ -30,6 +31,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use kiln_bus::Bus;
 use kiln_bus::journal::Journal;
+use kiln_bus::keeper::Takes;
 use kiln_bus::logs::Logs;
 use kiln_bus::seal::SealKey;
 use kiln_bus::view::View;
@@ -43,6 +45,7 @@ use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 
+use crate::ask::Asker;
 use crate::builds::BuildsApi;
 use crate::compat::{Handled, ImageBuilderApi};
 pub use crate::config::{ClientAuth, Config, TlsConfig};
@@ -74,6 +77,8 @@ pub struct Parts {
     pub listener: TcpListener,
     /// Without a prefix: some of its metrics have the names that mk3 gave them.
     pub metrics: Registry,
+    /// Whether the bus takes what is written.
+    pub takes: Takes,
 }
 
 /// Serves until `stop`; streams then end with UNAVAILABLE, at which a client resumes elsewhere. `ready` is called once
@@ -84,7 +89,7 @@ pub async fn run(
     ready: impl FnOnce(Registry) + Send,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let Parts { bus, seal_key, listener, mut metrics } = parts;
+    let Parts { bus, seal_key, listener, mut metrics, takes } = parts;
     let tls = config.tls.clone().map(Tls::open).transpose().context("`gateway.tls`")?;
     let tasks = TaskTracker::new();
     let ended = CancellationToken::new();
@@ -122,7 +127,7 @@ pub async fn run(
         journal,
         build_logs: build_logs.clone(),
         cuts,
-        bus,
+        asker: Asker { bus, presence: presence.clone(), takes },
         view: view.clone(),
         seal_key,
         resolved: Resolved::register(own_metrics),

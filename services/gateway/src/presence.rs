@@ -12,6 +12,8 @@ use tokio_util::task::TaskTracker;
 const LOOK: Duration = Duration::from_millis(250);
 /// The server answers within this long, or it is away.
 const ANSWER: Duration = Duration::from_secs(1);
+/// Away for so long, it is away rather than busy: a question need not find that out by itself.
+const HANGS: Duration = Duration::from_secs(1);
 /// How long a stream outlives the bus.
 const STREAM_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -53,13 +55,21 @@ impl Presence {
     pub(crate) async fn check(&self) -> Result<(), BusError> {
         const ANSWER: &str = "answer";
         self.bus.present(ANSWER).await?;
+        self.answers(ANSWER, self.is_there(), "the bus does not answer: what this gateway knows may be old")
+            .await
+    }
+
+    /// An error while the bus hangs. That it is not connected to, a question finds out at once by itself.
+    pub(crate) async fn check_for_question(&self) -> Result<(), BusError> {
+        let hangs = self.away.borrow().is_some_and(|since| since.elapsed() >= HANGS);
+        self.answers("ask", !hangs, "nats-server does not answer").await
+    }
+
+    async fn answers(&self, operation: &'static str, known: bool, otherwise: &str) -> Result<(), BusError> {
         // It may have come back since it was looked at last.
-        match self.is_there() || self.bus.answers(LOOK).await {
+        match known || self.bus.answers(LOOK).await {
             true => Ok(()),
-            false => Err(BusError::Unavailable {
-                operation: ANSWER,
-                detail: "the bus does not answer: what this gateway knows may be old".into(),
-            }),
+            false => Err(BusError::Unavailable { operation, detail: otherwise.to_owned() }),
         }
     }
 

@@ -16,7 +16,7 @@ use kiln_domain::reference::ImageReference;
 use kiln_domain::registries::Registries;
 use kiln_domain::run_folder::{Builder, Buildkit};
 use secrecy::{ExposeSecret as _, SecretString};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::mk3_config;
 
@@ -51,8 +51,8 @@ impl Role {
         [Self::Gateway, Self::Resolver, Self::Orchestrator, Self::LogRelay, Self::CacheWarmer];
 }
 
-/// The whole file.
-#[derive(Debug, Default, Deserialize)]
+/// The whole file. Written again (`kiln up` does, for the doctor), it lacks the secrets that it holds itself.
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Config {
     pub(crate) nats: Nats,
@@ -124,28 +124,30 @@ impl Loaded {
 }
 
 /// Where the bus is, and who we are to it.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Nats {
     /// `nats://host:port`, or several with commas between; without credentials.
     pub(crate) url: String,
     pub(crate) user: Option<String>,
+    #[serde(skip_serializing)]
     pub(crate) password: Option<SecretString>,
     /// A file that holds the password.
     pub(crate) password_file: Option<PathBuf>,
 }
 
 /// The key pair that secrets are sealed with: `seed` or `seed_file` for who opens them, `public_key` for a gateway.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Seal {
+    #[serde(skip_serializing)]
     pub(crate) seed: Option<SecretString>,
     pub(crate) seed_file: Option<PathBuf>,
     pub(crate) public_key: Option<String>,
 }
 
 /// The sizes of the streams; the same in every process of an installation.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Streams {
     /// 1 on one node, 3 on a cluster.
@@ -156,7 +158,7 @@ pub(crate) struct Streams {
 }
 
 /// The leases of orchestrators and log-relays; the same in every process of an installation.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Holders {
     /// What a dead one held goes on when its lease has lapsed.
@@ -164,7 +166,7 @@ pub(crate) struct Holders {
 }
 
 /// Where the process listens. `grpc` is the gateway's.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Listen {
     pub(crate) grpc: SocketAddr,
@@ -173,7 +175,7 @@ pub(crate) struct Listen {
 }
 
 /// What runs builders: of the orchestrator, and of the log-relay that reads their output.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Engine {
     Local(LocalEngine),
@@ -192,7 +194,7 @@ impl Engine {
 }
 
 /// Builders as processes of this host.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct LocalEngine {
     /// Holds a folder for each run, and the layers that the build tool keeps.
@@ -464,4 +466,25 @@ fn problems_of_buildkit(buildkit: &Buildkit, wrong: &mut impl FnMut(bool, &str, 
         "is missing: a daemon at a tcp:// address gets the credentials of builds",
     );
     wrong(buildkit.cache_bytes < 100 << 20, "engine.local.buildkit.cache_bytes", "must be at least 100 MiB");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_written_without_its_secrets_and_read_again() {
+        let text = r#"{
+            "nats": {"user": "kiln", "password": "hunter2"},
+            "seal": {"seed": "hunter3"},
+            "engine": {"ws_manager": {"address": "ws-manager:8080", "builder_image": "bob"}},
+            "orchestrator": {"slots": 7}
+        }"#;
+        let config: Config = serde_json::from_str(text).unwrap();
+        let written = serde_json::to_string(&config).unwrap();
+        assert!(!written.contains("hunter"), "{written}");
+        let again: Config = serde_json::from_str(&written).unwrap();
+        assert_eq!(serde_json::to_value(&again).unwrap(), serde_json::to_value(&config).unwrap());
+        assert_eq!(again.orchestrator.unwrap().slots, 7);
+    }
 }

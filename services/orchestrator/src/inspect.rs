@@ -82,6 +82,11 @@ impl Builds {
         })
     }
 
+    /// Whether it is among those that orchestrators clean up, once they are over.
+    pub fn is_to_clean(&self, id: &BuildId) -> bool {
+        self.to_clean.contains_key(id)
+    }
+
     /// What is to be said of them. `live`: who holds a lease.
     pub fn findings(&self, live: &BTreeSet<InstanceId>, now: Timestamp) -> Vec<Finding> {
         let active: Vec<&Entry> =

@@ -46,8 +46,15 @@ async fn one_server_and_a_cluster_are_well() -> Result<()> {
 
     let cluster = nats::run_cluster(3).await?;
     let bus = provisioned(&cluster.url(), 3).await?;
-    let findings = bus.inspect(&layout(3)).await;
-    ensure!(bad(findings.clone()).is_empty(), "{findings:?}");
+    // A copy of what was made just now may be behind for a moment.
+    let until = tokio::time::Instant::now() + Duration::from_secs(60);
+    let findings = loop {
+        let findings = bus.inspect(&layout(3)).await;
+        if bad(findings.clone()).is_empty() {
+            break findings;
+        }
+        ensure!(tokio::time::Instant::now() < until, "{findings:?}");
+    };
     ensure!(findings.iter().any(|found| found.says.contains("led by")), "{findings:?}");
     Ok(())
 }

@@ -293,3 +293,28 @@ async fn written_again(bus: &Bus, holders: &Holders) -> Result<()> {
     };
     Ok(tokio::time::timeout(SOON, look).await?)
 }
+
+#[tokio::test]
+async fn a_bus_that_takes_nothing_is_told_while_it_lasts_whatever_else_is_wrong() -> Result<()> {
+    let server = nats::run_server().await?;
+    let bus = provisioned(&server.url(), 1).await?;
+    // Something that is wrong for good.
+    let other = Layout { logs_max_bytes: 512 << 20, ..layout(1) };
+    let mut registry = Registry::with_prefix("kiln_bus");
+    let keeper = Keeper::new(&bus, &other, &mut registry);
+    let takes = keeper.takes();
+    let mut task = JoinSet::new();
+    task.spawn(keeper.keep());
+    let at_work = AtWork { registry, _task: task };
+    takes.check("try")?;
+    let holders = format!("KV_{}", kiln_contract::bucket::HOLDERS);
+    server.take_in_silence(&holders, true).await?;
+    at_work.shows("kiln_bus_trouble{part=\"bus\",what=\"takes_nothing\"} 1").await?;
+    at_work.shows("kiln_bus_trouble{part=\"KILN_LOGS\",what=\"different\"} 1").await?;
+    let refused = takes.check("try").err().context("it is let through")?.to_string();
+    ensure!(refused.contains("takes no write") && refused.contains("make room"), "{refused}");
+    server.take_in_silence(&holders, false).await?;
+    at_work.shows("kiln_bus_trouble{part=\"bus\",what=\"takes_nothing\"} 0").await?;
+    takes.check("try")?;
+    Ok(())
+}

@@ -60,3 +60,34 @@ async fn a_change_that_cannot_be_made_says_what_and_why() -> Result<()> {
     ensure!(says.contains(bucket::SECRETS) && says.contains("storage type"), "{says}");
     Ok(())
 }
+
+#[tokio::test]
+async fn who_has_no_room_is_told_what_is_reserved_and_by_which_setting() -> Result<()> {
+    let server = nats::run_small_server(1 << 30).await?;
+    let bus = connect(&server.url()).await?;
+    // Journal and mirror fit, the logs don't.
+    let large = Layout { logs_max_bytes: 2 << 30, ..layout(1) };
+    let says = refused(&bus, &large).await?;
+    for expected in [subject::LOGS_STREAM, "2 GiB (`streams.logs_max_bytes`) of 2.7 GiB", "`max_file_store`"]
+    {
+        ensure!(says.contains(expected), "{expected}: {says}");
+    }
+    let findings = bus.inspect(&large).await;
+    let room = findings.iter().find(|found| found.part == "nats jetstream").context("not looked at")?;
+    ensure!(room.verdict == Verdict::Problem, "{room:?}");
+    for expected in ["no room for the 2.2 GiB", "2.7 GiB in all", "insufficient storage"] {
+        ensure!(room.says.contains(expected), "{expected}: {room:?}");
+    }
+
+    // A change that has no room is told the same.
+    bus.provision(&layout(1)).await?;
+    let says = refused(&bus, &Layout { journal_max_bytes: 2 << 30, ..layout(1) }).await?;
+    ensure!(says.contains("2 GiB (`streams.journal_max_bytes`)"), "{says}");
+    // What it was asked for is gone.
+    let names: Vec<String> = futures::TryStreamExt::try_collect(
+        jetstream::new(async_nats::connect(server.url()).await?).stream_names(),
+    )
+    .await?;
+    ensure!(names.len() == 8, "{names:?}");
+    Ok(())
+}

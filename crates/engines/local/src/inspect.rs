@@ -25,6 +25,8 @@ pub enum Stands {
     /// It waits or runs, or has been over for so short a time that its clean-up may be under way.
     InHand,
     Over,
+    /// Over, and no longer among those that are to be cleaned up.
+    Cleaned,
     /// Nobody knows of it.
     Unknown,
     /// Nobody could be asked.
@@ -74,7 +76,7 @@ pub fn look(runs: &Path) -> io::Result<Vec<Found>> {
 impl Found {
     /// Whether all of it but a revocation may go: nothing in it is of use to a build.
     pub fn is_leftover(&self, stands: Stands) -> bool {
-        self.revoked.is_none() && matches!(stands, Stands::Over | Stands::Unknown)
+        self.revoked.is_none() && matches!(stands, Stands::Over | Stands::Cleaned | Stands::Unknown)
     }
 
     /// Whether it is no more than a revocation.
@@ -91,7 +93,10 @@ pub fn findings(found: &[Found], stands: impl Fn(&Found) -> Stands) -> Vec<Findi
         if !found.is_leftover(stands) {
             continue;
         }
-        let build = if stands == Stands::Over { "whose build is over" } else { "of which no build is known" };
+        let build = match stands {
+            Stands::Unknown => "of which no build is known",
+            _ => "whose build is over",
+        };
         if found.lives {
             let seen: Vec<String> =
                 found.processes.iter().map(|(pid, name)| format!("{pid} {name}")).collect();
@@ -106,7 +111,14 @@ pub fn findings(found: &[Found], stands: impl Fn(&Found) -> Stands) -> Vec<Findi
             findings.push(Finding::warning(
                 RUNS,
                 format!("the folder of run `{run}`, {build}, is left; last written {} ago", spoken(found.age)),
-                "an orchestrator removes it by itself within minutes, once the build's log is complete; `kiln doctor --fix` does it now",
+                match stands {
+                    Stands::Over => {
+                        "an orchestrator removes it by itself within minutes, once the build's log is complete; `kiln doctor --fix` does it now"
+                    }
+                    _ => {
+                        "`kiln doctor --fix` removes it; no orchestrator does by itself, as nothing says any more that this build is to be cleaned up"
+                    }
+                },
             ));
         }
     }
@@ -168,4 +180,30 @@ pub fn room(part: &str, folder: &Path) -> Finding {
 #[expect(clippy::disallowed_methods, reason = "the age of a file is told by the wall clock")]
 pub(crate) fn now() -> SystemTime {
     SystemTime::now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_domain::id::{BuildId, ImageKey};
+
+    #[test]
+    fn who_removes_a_folder_is_told_as_it_is() {
+        let found = Found {
+            run: RunId::new(&BuildId::new(&ImageKey::of("x"), [0; 10]), 1),
+            age: Duration::from_secs(3600),
+            lives: false,
+            processes: Vec::new(),
+            revoked: None,
+        };
+        for (stands, who) in [
+            (Stands::Over, "an orchestrator removes it by itself"),
+            (Stands::Cleaned, "no orchestrator does by itself"),
+            (Stands::Unknown, "no orchestrator does by itself"),
+        ] {
+            let remedy = findings(std::slice::from_ref(&found), |_| stands).swap_remove(0).remedy.unwrap();
+            assert!(remedy.contains(who) && remedy.contains("`kiln doctor --fix`"), "{stands:?}: {remedy}");
+        }
+        assert_eq!(findings(&[found], |_| Stands::InHand).swap_remove(0).remedy, None);
+    }
 }

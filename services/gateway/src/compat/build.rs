@@ -46,7 +46,8 @@ impl ImageBuilderApi {
             unfetchable: named.unfetchable.unwrap_or_default().to_owned(),
             ..Default::default()
         };
-        let answer = self.builds.bus.ask(&question, PATIENCE).await.map_err(|error| not_started(&error))?;
+        let answer =
+            self.builds.asker.ask_to_write(&question, PATIENCE).await.map_err(|error| not_started(&error))?;
         match (answer.build, answer.already_built) {
             (Some(build), _) => {
                 let record = build.record().map_err(|error| not_started(&error))?;

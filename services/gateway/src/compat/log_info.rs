@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use kiln_bus::Bus;
 use kiln_bus::seal::{OpenKey, SealError};
 use kiln_bus::secrets::open_accesses;
 use kiln_contract::error::{Code, Refusal};
@@ -12,6 +11,8 @@ use kiln_contract::orchestrator as ask;
 use kiln_contract::secrets::{OthersBuild, OutputAccess};
 use kiln_domain::id::RunId;
 use kiln_proto::builder as api;
+
+use crate::ask::Asker;
 
 /// An engine answers from what it knows, or asks its place once.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -21,7 +22,7 @@ const AGAIN: Duration = Duration::from_millis(500);
 /// Who asks orchestrators for it.
 #[derive(Clone)]
 pub(crate) struct LogInfos {
-    bus: Bus,
+    asker: Asker,
     key: OpenKey,
 }
 
@@ -33,13 +34,13 @@ pub(crate) struct Known {
 }
 
 impl LogInfos {
-    pub(crate) fn new(bus: Bus) -> Result<Self, SealError> {
-        Ok(Self { bus, key: OpenKey::from_seed(OpenKey::new_seed()?)? })
+    pub(crate) fn new(asker: Asker) -> Result<Self, SealError> {
+        Ok(Self { asker, key: OpenKey::from_seed(OpenKey::new_seed()?)? })
     }
 
     pub(crate) async fn ask(&self, runs: Vec<String>, others: bool) -> Result<Known, Refusal> {
         let question = ask::OutputAccess { runs, others, seal_to: self.key.public().to_owned() };
-        let answer = self.bus.ask(&question, PATIENCE).await?;
+        let answer = self.asker.ask(&question, PATIENCE).await?;
         let accesses = open_accesses(&self.key, &answer.sealed)
             .map_err(|error| Refusal::new(Code::Internal, error.to_string()))?;
         Ok(Known {

@@ -35,7 +35,7 @@ pub(crate) struct ImageBuilderApi {
 
 impl ImageBuilderApi {
     pub(crate) fn new(builds: Arc<BuildsApi>, handled: Handled) -> Result<Self, SealError> {
-        let log_infos = LogInfos::new(builds.bus.clone())?;
+        let log_infos = LogInfos::new(builds.asker.clone())?;
         Ok(Self { builds, log_infos, handled })
     }
 }

@@ -80,7 +80,7 @@ impl ImageBuilderApi {
             clone_target: Some(clone_target.to_owned()),
             ..Default::default()
         };
-        self.builds.bus.ask(&question, PATIENCE).await
+        self.builds.asker.ask(&question, PATIENCE).await
     }
 
     /// `name@digest` of an image for linux/amd64.
@@ -94,7 +94,7 @@ impl ImageBuilderApi {
             refresh: false,
         };
         // The resolver's texts begin as mk3's do.
-        let answer = self.builds.bus.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
+        let answer = self.builds.asker.ask(&question, PATIENCE).await.map_err(|error| status::of(&error))?;
         answer.reference.parse().map_err(|error| {
             Status::internal(format!("cannot resolve image: the answer can't be read: {error}"))
         })

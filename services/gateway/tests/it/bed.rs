@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use kiln_bus::journal::{Entry, Journal};
+use kiln_bus::keeper::Keeper;
 use kiln_bus::layout::Layout;
 use kiln_bus::logs::{LogWriter, Logs, Source};
 use kiln_bus::seal::OpenKey;
@@ -73,8 +74,14 @@ impl Bed {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let (address, stop) = (listener.local_addr()?, CancellationToken::new());
         let seal_key = OpenKey::from_seed(OpenKey::new_seed()?)?.seal_key();
-        let parts =
-            Parts { bus: connect(&server.url()).await?, seal_key, listener, metrics: Registry::default() };
+        let takes = Keeper::new(&bus, &Layout::default(), &mut Registry::default()).takes();
+        let parts = Parts {
+            bus: connect(&server.url()).await?,
+            seal_key,
+            listener,
+            metrics: Registry::default(),
+            takes,
+        };
         let (is_ready, ready) = tokio::sync::oneshot::channel();
         let mut gateway = JoinSet::new();
         let stopped = stop.clone();

@@ -93,6 +93,63 @@ async fn without_the_bus_each_call_is_unavailable_at_once_and_open_streams_go_on
     Ok(())
 }
 
+/// Asks for a build until `ended` is so.
+async fn build_until(desk: &Desk, ended: impl Fn(&Result<(), Status>, Duration) -> bool) -> Result<()> {
+    let source = Some(api::Source { from: Some(api::source::From::Image("registry.test/x:1".into())) });
+    let request = api::BuildImageRequest { source, owner: "ann".into(), ..Default::default() };
+    let asking = async {
+        loop {
+            let begun = Instant::now();
+            let answer = desk.client.clone().build_image(request.clone()).await.map(|_| ());
+            if ended(&answer, begun.elapsed()) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(SOON * 2, asking).await.context("it never ended so")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn once_the_bus_is_known_to_hang_no_call_waits_for_it() -> Result<()> {
+    let desk = Desk::set().await?;
+    let id = desk.queued(1).await?.record.id.to_string();
+    desk.server.pause()?;
+    let at_once = Duration::from_secs(1);
+    build_until(&desk, |ended, took| ended.is_err() && took < at_once).await?;
+    for (call, ended, took) in every_call(&desk, &id).await {
+        let status = ended.err().with_context(|| format!("{call} was answered"))?;
+        ensure!(
+            status.code() == Code::Unavailable && status.message().contains("does not answer"),
+            "{status:?}"
+        );
+        ensure!(took < at_once * 2, "{call} took {took:?}");
+    }
+    desk.server.resume()?;
+    build_until(&desk, |ended, _| ended.is_ok()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_bus_takes_nothing_changes_are_refused_at_once_and_the_rest_is_answered() -> Result<()> {
+    let desk = Desk::set().await?;
+    let id = desk.queued(1).await?.record.id.to_string();
+    let holders = format!("KV_{}", kiln_contract::bucket::HOLDERS);
+    desk.server.take_in_silence(&holders, true).await?;
+    build_until(&desk, |ended, _| ended.is_err()).await?;
+    for (call, ended, took) in every_call(&desk, &id).await {
+        if ["build_image", "cancel_build"].contains(&call) {
+            let status = ended.err().with_context(|| format!("{call} was answered"))?;
+            ensure!(status.code() == Code::Unavailable, "{status:?}");
+            ensure!(status.message().contains("takes no write"), "{status:?}");
+            ensure!(took < Duration::from_secs(1), "{call} took {took:?}");
+        } else {
+            ensure!(ended.is_ok(), "{call}: {ended:?}");
+        }
+    }
+    desk.server.take_in_silence(&holders, false).await?;
+    build_until(&desk, |ended, _| ended.is_ok()).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn who_follows_a_build_that_the_journal_lost_is_told_so() -> Result<()> {
     let desk = Desk::set().await?;

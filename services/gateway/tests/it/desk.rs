@@ -57,8 +57,9 @@ impl Desk {
         let layout = Layout { journal_max_bytes: 64 << 20, logs_max_bytes: 64 << 20, ..Layout::default() };
         bus.provision(&layout).await?;
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-        let kept = Keeper::new(&bus, &layout, &mut Registry::default()).keep();
-        tasks.spawn(stop.clone().run_until_cancelled_owned(kept));
+        let keeper = Keeper::new(&bus, &layout, &mut Registry::default());
+        let takes = keeper.takes();
+        tasks.spawn(stop.clone().run_until_cancelled_owned(keeper.keep()));
         let played = vec![play_orchestrator(&bus).await?, play_resolver(&bus).await?];
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let address = format!("http://{}", listener.local_addr()?);
@@ -67,6 +68,7 @@ impl Desk {
             seal_key: OpenKey::from_seed(OpenKey::new_seed()?)?.seal_key(),
             listener,
             metrics: Registry::default(),
+            takes,
         };
         let (is_ready, ready) = tokio::sync::oneshot::channel();
         let running = stop.clone();

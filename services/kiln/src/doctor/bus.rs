@@ -38,7 +38,12 @@ impl Answer {
         let settled =
             |since: Timestamp| Duration::try_from(now().duration_since(since)).is_ok_and(|age| age > SETTLED);
         match builds.standing(&found.run.build()) {
-            Some(Standing::Over { since }) if settled(since) => Stands::Over,
+            Some(Standing::Over { since }) if settled(since) => {
+                match builds.is_to_clean(&found.run.build()) {
+                    true => Stands::Over,
+                    false => Stands::Cleaned,
+                }
+            }
             Some(Standing::Unknown) if found.age > SETTLED => Stands::Unknown,
             Some(_) => Stands::InHand,
             None => Stands::NotAsked,
@@ -137,34 +142,68 @@ async fn key(config: &Config, bus: &Bus) -> Finding {
 fn roles(instances: &Instances) -> Vec<Finding> {
     let leases = |role: &str| instances.leases.iter().filter(|instance| instance.role() == role).count();
     let asked = |role: &str| instances.services.iter().filter(|name| name.as_str() == role).count();
-    [
-        (
-            "orchestrators",
-            leases(kiln_orchestrator::ROLE),
-            "no build is accepted, started or ended",
-            "orchestrator",
-        ),
-        (
-            "log-relays",
-            leases(kiln_log_relay::ROLE),
-            "no log is written, and no build cleaned up",
-            "log-relay",
-        ),
-        ("resolvers", asked(kiln_resolver::ROLE), "no build is accepted", "resolver"),
-    ]
-    .into_iter()
-    .map(|(part, live, without, role)| match live {
+    let live = |part, live, without, role| match live {
         0 => Finding::problem(
             part,
             format!("none is there: {without}"),
             format!("start `kiln {role}`, or `kiln up`"),
         ),
         live => Finding::ok(part, format!("{live} there")),
-    })
-    .collect()
+    };
+    let orchestrator = kiln_orchestrator::ROLE;
+    const NO_BUILD: &str = "no build is accepted, started or ended";
+    let orchestrators = match (leases(orchestrator), asked(orchestrator)) {
+        (leases, 0) if leases > 0 => Finding::problem(
+            "orchestrators",
+            format!("{leases} hold leases, and none of them answers: they were killed, or hang; {NO_BUILD}"),
+            "start `kiln orchestrator`, or `kiln up`; what they held goes on when their leases have lapsed (`holders.lease_seconds`)",
+        ),
+        (leases, answer) if leases > answer => Finding::warning(
+            "orchestrators",
+            format!("{leases} hold leases, and {answer} answer: others were killed, or hang"),
+            "what those held goes on by itself when their leases have lapsed (`holders.lease_seconds`); end one that hangs",
+        ),
+        (leases, _) => live("orchestrators", leases, NO_BUILD, "orchestrator"),
+    };
+    vec![
+        orchestrators,
+        live(
+            "log-relays",
+            leases(kiln_log_relay::ROLE),
+            "no log is written, and no build cleaned up",
+            "log-relay",
+        ),
+        live("resolvers", asked(kiln_resolver::ROLE), "no build is accepted", "resolver"),
+    ]
 }
 
 #[expect(clippy::disallowed_methods, reason = "ages are compared with the stream's wall-clock time")]
 fn now() -> Timestamp {
     Timestamp::now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_domain::finding::Verdict;
+    use kiln_domain::id::InstanceId;
+
+    #[test]
+    fn who_holds_a_lease_and_does_not_answer_is_told() {
+        for (leases, answers, verdict, says) in [
+            (0, 0, Verdict::Problem, "none is there"),
+            (2, 0, Verdict::Problem, "2 hold leases, and none of them answers"),
+            (2, 1, Verdict::Warning, "2 hold leases, and 1 answer"),
+            (2, 2, Verdict::Ok, "2 there"),
+        ] {
+            let instances = Instances {
+                leases: (0..leases).map(|n| InstanceId::new("orchestrator", n).unwrap()).collect(),
+                services: vec!["orchestrator".to_owned(); answers],
+                ..Instances::default()
+            };
+            let found = roles(&instances).swap_remove(0);
+            assert_eq!((found.part.as_str(), found.verdict), ("orchestrators", verdict), "{found:?}");
+            assert!(found.says.contains(says), "{found:?}");
+        }
+    }
 }

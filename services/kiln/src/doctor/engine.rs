@@ -94,7 +94,7 @@ pub(super) async fn fix(config: &Config, found: &[Found], stands: impl Fn(&Found
     const PART: &str = "fix";
     let left = found.iter().filter(|found| {
         let stands = stands(found);
-        found.is_leftover(stands) && (stands == Stands::Over || !found.lives)
+        found.is_leftover(stands) && (stands != Stands::Unknown || !found.lives)
     });
     let left: Vec<&Found> = left.collect();
     let Some(local) = config.engine.local() else { return Vec::new() };

@@ -33,9 +33,7 @@ pub(super) struct Installation {
 /// `endpoints.json`, as far as it matters here.
 #[derive(Deserialize)]
 struct Endpoints {
-    registry: String,
     health: String,
-    nats: String,
 }
 
 impl Installation {
@@ -55,18 +53,13 @@ impl Installation {
     }
 
     fn of_up(config: Option<&Path>, folder: &Path) -> Result<Self, Finding> {
-        let mut config = Loaded::read(config).map_err(|error| wrong(&error))?.config;
+        let told = Loaded::read(config).map_err(|error| wrong(&error))?.config;
         let folder = folder.canonicalize().map_err(|error| no_data_dir(folder, &error.to_string()))?;
         let lock =
             File::open(folder.join(up::LOCK)).map_err(|error| no_data_dir(&folder, &error.to_string()))?;
         let runs = flock(&lock, FlockOperation::NonBlockingLockShared).is_err();
         drop(lock);
-        if let Engine::Local(local) = &mut config.engine {
-            folder.clone_into(&mut local.folder);
-        }
-        if config.seal.seed.is_none() && config.seal.seed_file.is_none() {
-            config.seal.seed_file = Some(folder.join(up::SEAL_KEY)).filter(|file| file.exists());
-        }
+        let config = kept(told, &folder)?;
         let endpoints = match std::fs::read_to_string(folder.join(up::ENDPOINTS)) {
             Ok(text) if runs => serde_json::from_str::<Endpoints>(&text).ok(),
             _ => None,
@@ -90,27 +83,34 @@ impl Installation {
             };
             return Ok(Self { config, runs: false, away: Some(away), health: None, findings: vec![found] });
         };
-        use_endpoints(&mut config, &folder, &endpoints);
         let findings = vec![Finding::ok(PART, format!("it runs in {}", folder.display()))];
         Ok(Self { config, runs, away: None, health: Some(endpoints.health), findings })
     }
 }
 
-/// As `kiln up` completes its configuration.
-fn use_endpoints(config: &mut Config, folder: &Path, endpoints: &Endpoints) {
-    let nats = &endpoints.nats;
-    // The URL is that of the user who may read events.
-    config.nats.url = match (nats.split_once("://"), nats.rsplit_once('@')) {
-        (Some((scheme, _)), Some((_, address))) => format!("{scheme}://{address}"),
-        _ => nats.clone(),
+/// What `kiln up` last ran with: whatever its flags, its file and its variables said. Of what is `told` here there is only
+/// need for the secrets that such a file or variable held itself, which aren't kept.
+fn kept(told: Config, folder: &Path) -> Result<Config, Finding> {
+    let file = folder.join(up::CONFIGURATION);
+    let text = match std::fs::read_to_string(&file) {
+        Ok(text) => text,
+        // It has not come so far yet.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let mut config = told;
+            if let Engine::Local(local) = &mut config.engine {
+                folder.clone_into(&mut local.folder);
+            }
+            return Ok(config);
+        }
+        Err(error) => return Err(no_data_dir(folder, &format!("{}: {error}", file.display()))),
     };
-    let password = folder.join(up::SERVICES_PASSWORD);
-    if nats.contains('@') && password.exists() {
-        config.nats.user = Some(up::SERVICES.to_owned());
-        config.nats.password = None;
-        config.nats.password_file = Some(password);
-    }
-    up::complete_repositories(config, &endpoints.registry);
+    let mut config: Config = serde_json::from_str(&text).map_err(|error| {
+        let says = format!("{} can't be read: {error}", file.display());
+        Finding::problem(PART, says, "use the `kiln` of the `kiln up` that wrote it, or start that again")
+    })?;
+    config.nats.password = told.nats.password.filter(|_| config.nats.password_file.is_none());
+    config.seal.seed = told.seal.seed.filter(|_| config.seal.seed_file.is_none());
+    Ok(config)
 }
 
 /// Whether a `kiln up` says that it is ready: of its gateway nothing is seen on the bus.

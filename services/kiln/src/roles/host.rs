@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use kiln_bus::keeper::Keeper;
+use kiln_bus::keeper::{Keeper, Takes};
 use kiln_bus::{Bus, Troubles};
 use kiln_chassis::health::{Readiness, serve_health, serve_metrics};
 use kiln_chassis::shutdown::drain;
@@ -60,8 +60,8 @@ impl Host {
     }
 
     /// Makes the streams and buckets, or brings them up to date; ends the leases of a `former` life that is known
-    /// to be over; and looks after the streams from now on.
-    pub(crate) async fn provision(&self, config: &Config, former: Option<&str>) -> anyhow::Result<()> {
+    /// to be over; and looks after the streams from now on: whether what is written is taken is the answer.
+    pub(crate) async fn provision(&self, config: &Config, former: Option<&str>) -> anyhow::Result<Takes> {
         let bus = config.connect("keeper")?.connect().await?.with_troubles(&self.troubles);
         let layout = config.layout();
         let provision = async {
@@ -78,12 +78,13 @@ impl Host {
         let mut registry = Metrics::part("bus");
         let keeper = Keeper::new(&bus, &layout, &mut registry);
         self.metrics.add(registry);
+        let takes = keeper.takes();
         let ended = self.ended.clone();
         self.tasks.spawn(async move {
             ended.run_until_cancelled(keeper.keep()).await;
             bus.close().await;
         });
-        Ok(())
+        Ok(takes)
     }
 
     /// What the process's leases are marked with.

@@ -44,11 +44,11 @@ pub(crate) async fn run(options: Options, role: Role, stop: CancellationToken) -
 }
 
 async fn play(host: &Host, config: &Config, role: Role, stop: CancellationToken) -> anyhow::Result<()> {
-    host.provision(config, None).await?;
+    let takes = host.provision(config, None).await?;
     match role {
         Role::Gateway => {
             let listener = listen("listen.grpc", config.listen.grpc).await?;
-            gateway::run(host, config, listener, stop).await
+            gateway::run(host, config, listener, takes, stop).await
         }
         Role::Resolver => resolver::run(host, config, stop).await,
         Role::Orchestrator => {

@@ -28,12 +28,12 @@ use self::ports::{Ports, reachable};
 use crate::config::{Config, Loaded};
 
 pub(crate) use self::data_dir::LOCK;
-pub(crate) use self::nats::{SERVICES, SERVICES_PASSWORD};
 pub(crate) use self::programs::{bootstrap_folder, default_data_dir};
-pub(crate) use self::settings::complete_repositories;
 
 pub(crate) const ENDPOINTS: &str = "endpoints.json";
-pub(crate) const SEAL_KEY: &str = "seal.key";
+/// The configuration that it last ran with, without secrets: `kiln doctor` goes by it.
+pub(crate) const CONFIGURATION: &str = "configuration.json";
+const SEAL_KEY: &str = "seal.key";
 
 /// `kiln up`
 #[derive(Debug, clap::Args)]
@@ -152,8 +152,9 @@ async fn serve(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let fresh = OpenKey::new_seed().context("make the seal key")?;
-    let seed = data.secret(SEAL_KEY, || fresh)?;
-    let config = settings::complete(config, options, data, backing, seed)?;
+    data.secret(SEAL_KEY, || fresh)?;
+    let config = settings::complete(config, options, data, backing)?;
+    data.write(CONFIGURATION, &format!("{}\n", serde_json::to_string_pretty(&config)?))?;
     let endpoints = endpoints(backing, &listeners)?;
     let announce = || {
         data.write(ENDPOINTS, &format!("{}\n", serde_json::to_string(&endpoints)?))?;

@@ -35,14 +35,14 @@ pub(crate) async fn run(
     let host = Arc::new(Host::start(health, metrics, &Role::ALL, life.clone()));
     let config = Arc::new(config);
     // The lock of the data directory says that the former life is over: what it held needn't wait for its leases.
-    host.provision(&config, data.read(LIFE)?.as_deref()).await?;
+    let takes = host.provision(&config, data.read(LIFE)?.as_deref()).await?;
     data.write(LIFE, &life)?;
     let engine = engine::open(&config, &host).await?;
     let stop = stop.child_token();
     let mut roles = Roles::new();
     {
         let (host, config, stop) = (host.clone(), config.clone(), stop.clone());
-        roles.spawn(async move { ("gateway", gateway::run(&host, &config, grpc, stop).await) });
+        roles.spawn(async move { ("gateway", gateway::run(&host, &config, grpc, takes, stop).await) });
     }
     {
         let (host, config, stop) = (host.clone(), config.clone(), stop.clone());

@@ -4,7 +4,6 @@ use anyhow::{Context as _, bail};
 use kiln_chassis::config::{Error, Problem};
 use kiln_domain::reference::ImageReference;
 use kiln_domain::run_folder::Builder;
-use secrecy::SecretString;
 
 use super::Options;
 use super::backing::Backing;
@@ -12,22 +11,21 @@ use super::data_dir::DataDir;
 use super::nats;
 use crate::config::{Config, Engine, Loaded, Role};
 
-/// `seed` is used unless the file names a seal key.
+/// What it is told of the secrets that are made here is the files that they are in.
 pub(crate) fn complete(
     mut config: Config,
     options: &Options,
     data: &DataDir,
     backing: &Backing,
-    seed: SecretString,
 ) -> anyhow::Result<Config> {
     config.nats.url.clone_from(&backing.nats.url);
-    if let Some(passwords) = &backing.nats.passwords {
+    if backing.nats.passwords.is_some() {
         config.nats.user = Some(nats::SERVICES.to_owned());
-        config.nats.password = Some(passwords.services.clone());
-        config.nats.password_file = None;
+        config.nats.password = None;
+        config.nats.password_file = Some(data.path().join(nats::SERVICES_PASSWORD));
     }
     if config.seal.seed.is_none() && config.seal.seed_file.is_none() {
-        config.seal.seed = Some(seed);
+        config.seal.seed_file = Some(data.path().join(super::SEAL_KEY));
         config.seal.public_key = None;
     }
     if let Engine::Local(local) = &mut config.engine {
@@ -87,7 +85,7 @@ pub(crate) fn registry_that_is_there(loaded: &Loaded) -> anyhow::Result<Option<S
 }
 
 /// Where images are pushed to, unless the file says so.
-pub(crate) fn complete_repositories(config: &mut Config, registry: &str) {
+fn complete_repositories(config: &mut Config, registry: &str) {
     let orchestrator = config.orchestrator.get_or_insert_default();
     for (repository, name) in [
         (&mut orchestrator.base_image_repository, "base-images"),

@@ -76,11 +76,19 @@ fn of_an_installation_that_is_well_all_is_well_and_no_secret_is_told() {
     let folder = tempfile::tempdir().expect("a folder");
     let (data, config) = small(folder.path());
     let (at, config) = (data.to_str().expect("UTF-8"), config.as_str());
-    let mut up = Up::start_with(&data, &["--config", config]);
-    let asked = ["--data-dir", at, "--config", config];
-    let (status, findings) = doctor(&asked, &[]);
+    // What it is told by its file and its flags, the doctor needn't be told again.
+    let mut up = Up::start_with(&data, &["--config", config, "--builder", "buildah"]);
+    let asked = ["--data-dir", at];
+    let (status, findings) = doctor(&asked, &[("KILN_ENGINE__LOCAL__BUILDER", "buildkit")]);
     assert_eq!((status, bad(&findings)), (Some(0), vec![]), "{findings:#?}");
+    assert!(
+        findings
+            .iter()
+            .any(|finding| finding["part"] == "build tool" && finding["says"] == "buildah, as configured"),
+        "{findings:#?}"
+    );
     for part in [
+        "build storage",
         "kiln up",
         "gateway",
         "nats",
@@ -94,26 +102,28 @@ fn of_an_installation_that_is_well_all_is_well_and_no_secret_is_told() {
     let text = kiln().arg("doctor").args(asked).output().expect("run");
     let text = String::from_utf8(text.stdout).expect("UTF-8");
     assert!(text.ends_with(" ok\n") && text.contains("\n0 problems, 0 warnings, 0 not checked, "), "{text}");
+    let kept = fs::read_to_string(data.join("configuration.json")).expect("read");
     for secret in ["nats/services.password", "nats/subscriber.password", "seal.key", "life"] {
         let secret = fs::read_to_string(data.join(secret)).expect("read");
         assert!(!text.contains(secret.trim()), "{text}");
+        assert!(!kept.contains(secret.trim()), "{kept}");
     }
 
-    // With other sizes than the processes have, streams aren't as they should be.
-    let (status, findings) = doctor(&["--data-dir", at], &[]);
+    // With other sizes than the processes have, streams aren't as they should be; and another key than the
+    // installation's is one thing, none is another.
+    let mut other: Value = serde_json::from_str(&kept).expect("JSON");
+    other["streams"]["journal_max_bytes"] = (4_i64 << 30).into();
+    other["seal"]["seed_file"] = "/nonexistent/seed".into();
+    fs::write(data.join("configuration.json"), other.to_string()).expect("written");
+    let (status, findings) = doctor(&asked, &[]);
     let found = bad(&findings);
     assert_eq!(status, Some(1));
     assert!(
         has(&found, "problem", "stream KILN_BUILDS", "max_bytes is 268435456, not 4294967296"),
         "{found:?}"
     );
-
-    // Another key than the installation's is one thing, none is another.
-    let (status, findings) = doctor(&asked, &[("KILN_SEAL__SEED_FILE", "/nonexistent/seed")]);
-    assert!(
-        status == Some(1) && has(&bad(&findings), "problem", "seal key", "/nonexistent/seed"),
-        "{findings:#?}"
-    );
+    assert!(has(&found, "problem", "seal key", "/nonexistent/seed"), "{found:?}");
+    fs::write(data.join("configuration.json"), &kept).expect("written");
 
     // The registry is gone.
     let [_, registry] = up.both_children();
@@ -132,6 +142,7 @@ fn of_an_installation_that_is_well_all_is_well_and_no_secret_is_told() {
     let (status, findings) = doctor(&asked, &[]);
     let found = bad(&findings);
     assert!(status == Some(0) && found.len() == 2, "{found:?}");
+    assert!(findings.iter().any(|finding| finding["part"] == "build storage"), "{findings:#?}");
     assert!(
         has(&found, "warning", "kiln up", "is used by no process") && has(&found, "unchecked", "nats", ""),
         "{found:?}"
@@ -143,7 +154,7 @@ fn what_is_left_of_runs_is_listed_and_removed() {
     let folder = tempfile::tempdir().expect("a folder");
     let (data, config) = small(folder.path());
     let (at, config) = (data.to_str().expect("UTF-8"), config.as_str());
-    let asked = ["--data-dir", at, "--config", config];
+    let asked = ["--data-dir", at];
     let up = Up::start_with(&data, &["--config", config]);
 
     let left = left_run(&data, &run_id("left"));
@@ -170,6 +181,11 @@ fn what_is_left_of_runs_is_listed_and_removed() {
     assert!(
         has(&found, "warning", "runs", &format!("`{}`, of which no build is known", run_id("left"))),
         "{found:?}"
+    );
+    assert!(
+        findings.iter().any(|finding| finding["part"] == "runs"
+            && finding["remedy"].as_str().is_some_and(|remedy| remedy.contains("no orchestrator does"))),
+        "{findings:#?}"
     );
     assert!(has(&found, "problem", "processes", &format!(" {} sleep", process.id())), "{found:?}");
     assert!(has(&found, "warning", "runs", "1 revocations are older than a day"), "{found:?}");
