@@ -7,7 +7,7 @@
 //! - **I never** hold the run's lock, nor PUT anything but references of the cache; and I leave no credentials behind.
 
 use std::collections::BTreeMap;
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
@@ -28,6 +28,7 @@ use crate::children::{Children, Show};
 use crate::context;
 use crate::folder::{removed, write_private};
 use crate::leftovers::remove_folder;
+use crate::lock::open;
 use crate::output::Output;
 use crate::secret_files;
 
@@ -233,8 +234,4 @@ async fn is_fresh(registry: &OciRegistry, refs: &CacheRefs, access: &Access) -> 
 )]
 fn now() -> jiff::Timestamp {
     jiff::Timestamp::now()
-}
-
-fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path)
 }

@@ -46,9 +46,7 @@ impl RunLock {
         let given = same_file(stdin.as_fd(), file.as_fd())?;
         let source = if given { stdin.as_fd() } else { file.as_fd() };
         flock(source, FlockOperation::NonBlockingLockExclusive)?;
-        // High, as a child may lay its own children's pipes over the lowest numbers (buildah does, and so dropped it).
-        let inherited = fcntl_dupfd_cloexec(source, INHERITED)?;
-        fcntl_setfd(&inherited, FdFlags::empty())?;
+        let inherited = inherited(source)?;
         let null = File::open("/dev/null").map_err(LockError::Io)?;
         rustix::stdio::dup2_stdin(&null)?;
         let builder = open(&run.join(run_folder::BUILDER_LOCK)).map_err(LockError::Io)?;
@@ -56,9 +54,7 @@ impl RunLock {
         flock(&builder, FlockOperation::LockExclusive)?;
         Ok(Self { inherited, _builder: builder })
     }
-}
 
-impl RunLock {
     /// From now on no child is given the lock any more: for one that is to outlive the run.
     pub(crate) fn keep_from_children(&self) -> io::Result<()> {
         Ok(fcntl_setfd(&self.inherited, FdFlags::CLOEXEC)?)
@@ -72,7 +68,16 @@ pub(crate) fn push_lock(run: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-fn open(path: &Path) -> io::Result<File> {
+/// The same open file, and with it its lock, passed on to each child while it is open.
+pub(crate) fn inherited(file: impl AsFd) -> rustix::io::Result<OwnedFd> {
+    // High, as a child may lay its own children's pipes over the lowest numbers (buildah does, and so dropped it).
+    let inherited = fcntl_dupfd_cloexec(file, INHERITED)?;
+    fcntl_setfd(&inherited, FdFlags::empty())?;
+    Ok(inherited)
+}
+
+/// A file to be locked, made if it isn't there.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path)
 }
 

@@ -3,7 +3,7 @@
 //! The daemon outlives builders and is no child of theirs: a [keeper](super::keeper) starts and ends it. Who uses it holds
 //! a shared lock, and the keeper ends it only while it holds that lock alone. So a daemon that was found doesn't go away.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -13,18 +13,17 @@ use std::time::Duration;
 
 use kiln_domain::run_folder::Settings;
 use rustix::fs::{FlockOperation, flock};
-use rustix::io::{Errno, FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
+use rustix::io::Errno;
 use tokio::time::{Instant, sleep};
 
 use crate::folder::write_private;
+use crate::lock::{inherited, open};
 
 /// How long a daemon may take to answer. It reads its cache's index first.
 const STARTING: Duration = Duration::from_secs(60);
 /// How long a keeper may take to be there.
 const KEEPER: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(20);
-/// The lowest number of the file that is handed down.
-const HANDED_DOWN: i32 = 200;
 /// sockaddr_un(7): the longest path of a socket.
 const SOCKET_BYTES: usize = 107;
 
@@ -115,9 +114,7 @@ impl Lease {
     /// A file that is passed on to children of this process while it is open: the daemon is in use for as long as one of them
     /// lives.
     pub(crate) fn hand_down(&self) -> io::Result<OwnedFd> {
-        let handed = fcntl_dupfd_cloexec(&self.users, HANDED_DOWN)?;
-        fcntl_setfd(&handed, FdFlags::empty())?;
-        Ok(handed)
+        Ok(inherited(&self.users)?)
     }
 
     /// Waits until the daemon answers; its address.
@@ -166,8 +163,4 @@ pub(super) fn keeper(place: &Place) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.args(["keep-buildkitd", "--folder"]).arg(place.folder());
     command
-}
-
-fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path)
 }
