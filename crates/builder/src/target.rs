@@ -70,10 +70,7 @@ impl<'a> Target<'a> {
 
     /// The same, of what this run has pushed: it is read with the credentials that it was pushed with.
     pub(crate) async fn copy_own(&self, from: &ImageReference) -> Result<Digest, Failure> {
-        let mut access = self.access.clone();
-        if let Some(keychain) = &access.push_keychain {
-            access.keychain = keychain.clone();
-        }
+        let access = Access { keychain: self.access.to_push().clone(), ..self.access.clone() };
         let copied = self.copy_as(&access, from, None).await;
         copied.map_err(|error| failure(&error, from, &self.spec.target_ref))
     }

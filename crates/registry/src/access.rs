@@ -37,6 +37,11 @@ impl Access {
         Self::new(Arc::new(Keyring::default()), after(time))
     }
 
+    /// Where the credentials for what is written come from.
+    pub fn to_push(&self) -> &Arc<dyn Keychain> {
+        self.push_keychain.as_ref().unwrap_or(&self.keychain)
+    }
+
     /// With the credentials of a keychain, until the deadline.
     pub fn new(keychain: Arc<dyn Keychain>, deadline: Instant) -> Self {
         Self {

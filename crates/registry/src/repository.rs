@@ -62,9 +62,8 @@ impl<'a> Repository<'a> {
     ) -> Result<Self, Error> {
         let scope = format!("repository:{}:pull,push", reference.repository());
         let from = mount_from.map(|name| format!("repository:{name}:pull"));
-        let keychain = access.push_keychain.as_ref().unwrap_or(&access.keychain);
         let scopes = std::iter::once(scope).chain(from).collect();
-        Self::new(client, reference, access, &**keychain, scopes)
+        Self::new(client, reference, access, &**access.to_push(), scopes)
     }
 
     /// To remove from, too.
@@ -74,8 +73,7 @@ impl<'a> Repository<'a> {
         access: &'a Access,
     ) -> Result<Self, Error> {
         let scope = format!("repository:{}:delete,pull,push", reference.repository());
-        let keychain = access.push_keychain.as_ref().unwrap_or(&access.keychain);
-        Self::new(client, reference, access, &**keychain, vec![scope])
+        Self::new(client, reference, access, &**access.to_push(), vec![scope])
     }
 
     fn new(

@@ -34,7 +34,7 @@ impl Buildkit {
         let time = Duration::from_secs(self.settings.layer_cache.import_seconds);
         let access = Access {
             // It is read as it is written.
-            keychain: self.access.push_keychain.as_ref().map_or(&self.access.keychain, |own| own).clone(),
+            keychain: self.access.to_push().clone(),
             push_keychain: None,
             deadline: (Instant::now() + time).min(self.access.deadline),
             patience: Duration::ZERO,
