@@ -247,7 +247,7 @@ impl Holders {
                         let again = self.write(&before.instance, 0).await?;
                         let revision = again.map_err(|error| BusError::unavailable(RENEW, error))?;
                         self.shared.bus.happened(
-                            format!("KV_{}", bucket::HOLDERS),
+                            bucket::stream(bucket::HOLDERS),
                             "emptied",
                             format!("somebody emptied it: the lease of {} is written again", before.instance),
                         );
@@ -348,13 +348,12 @@ pub(crate) struct Held {
 impl Held {
     /// Why nobody with this host and seal key may be beside it.
     fn differs(&self, host: Option<&str>, seal_key: Option<&SealKey>) -> Option<String> {
-        let other = |one: &str, mine: Option<&str>| mine.is_some_and(|mine| !one.is_empty() && one != mine);
-        let Self { instance, .. } = self;
+        let instance = &self.instance;
         if host.is_some_and(|host| is_elsewhere(&self.host, host)) {
             Some(format!(
                 "the engine's builders are bound to this host and `engine.local.folder`, and {instance} is bound to another"
             ))
-        } else if other(&self.seal_key, seal_key.map(SealKey::public)) {
+        } else if seal_key.is_some_and(|key| !self.seal_key.is_empty() && self.seal_key != key.public()) {
             Some(format!(
                 "secrets are sealed with another key here (`seal`) than {instance} has: none could open what the other sealed; \
                  all processes of an installation have one"
@@ -402,7 +401,7 @@ fn is_ended(last: &StreamMessage) -> bool {
 }
 
 fn key(instance: &InstanceId) -> String {
-    format!("$KV.{}.{instance}", bucket::HOLDERS)
+    bucket::subject(bucket::HOLDERS, instance)
 }
 
 fn new_instance(role: &str) -> Result<InstanceId, BusError> {

@@ -266,8 +266,8 @@ pub(crate) fn share(bytes: u64, max_bytes: i64) -> Option<u64> {
 /// What a bucket's stream is to be: its own name, and its configuration as async-nats makes it.
 pub(crate) fn of_bucket(config: kv::Config) -> (String, Config) {
     let stream = Config {
-        name: format!("KV_{}", config.bucket),
-        subjects: vec![format!("$KV.{}.>", config.bucket)],
+        name: bucket::stream(&config.bucket),
+        subjects: vec![bucket::subject(&config.bucket, ">")],
         discard: DiscardPolicy::New,
         max_messages_per_subject: config.history,
         max_age: config.max_age,

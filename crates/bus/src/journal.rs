@@ -59,28 +59,6 @@ pub fn room_for(limit: u64) -> u64 {
     limit / RESERVE
 }
 
-/// How many bytes the journal takes: `u64::MAX` where nothing bounds it.
-struct Room {
-    left: u64,
-    limit: u64,
-}
-
-impl Room {
-    /// Why no further build may begin beside so many active ones, where none may.
-    fn refuses(&self, active: usize) -> Option<String> {
-        let kept = RESERVE.saturating_mul(u64::try_from(active).unwrap_or(u64::MAX).saturating_add(1));
-        (self.left < kept).then(|| {
-            format!(
-                "the journal is full: stream {} has {} of {} bytes left, which are kept for the end of {active} active builds; \
-                 raise `streams.journal_max_bytes`, or wait until its old events go",
-                subject::JOURNAL_STREAM,
-                self.left,
-                self.limit
-            )
-        })
-    }
-}
-
 /// The journal stream, for one instance.
 #[derive(Clone)]
 pub struct Journal {
@@ -128,7 +106,15 @@ impl Journal {
         let info = self.bus.call(READ, self.stream.get_info()).await?;
         let limit = u64::try_from(info.config.max_bytes).ok().filter(|limit| *limit > 0);
         let limit = limit.unwrap_or(u64::MAX);
-        Ok(Room { left: limit.saturating_sub(info.state.bytes), limit }.refuses(active))
+        let left = limit.saturating_sub(info.state.bytes);
+        let kept = RESERVE.saturating_mul(u64::try_from(active).unwrap_or(u64::MAX).saturating_add(1));
+        Ok((left < kept).then(|| {
+            format!(
+                "the journal is full: stream {} has {left} of {limit} bytes left, which are kept for the end of {active} active builds; \
+                 raise `streams.journal_max_bytes`, or wait until its old events go",
+                subject::JOURNAL_STREAM
+            )
+        }))
     }
 
     /// Has the process's keeper tell whether the journal takes a further build. One that can't be asked says nothing of it.

@@ -90,7 +90,7 @@ impl Bus {
                 let mut says =
                     format!("bucket {name}: it can't be made, or changed to these settings: {error}");
                 if room::lacking(&error) {
-                    says = format!("{says}; {}", room::advice(&format!("KV_{name}"), layout));
+                    says = format!("{says}; {}", room::advice(&bucket::stream(&name), layout));
                 }
                 refused(says)
             })?;

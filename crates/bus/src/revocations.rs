@@ -32,7 +32,7 @@ impl RevocationsBucket {
     /// What was said of a run last, from the leader: a replica may not have it yet, and a builder would be started for that.
     pub async fn get(&self, run: &RunId) -> Result<Option<Bytes>, BusError> {
         const READ: &str = "look whether a run is revoked";
-        let key = format!("$KV.{}.{run}", bucket::REVOCATIONS);
+        let key = bucket::subject(bucket::REVOCATIONS, run);
         match self.bus.attend(READ, self.store.stream.get_last_raw_message_by_subject(&key)).await? {
             Ok(message) => Ok(Some(message.payload)),
             Err(error) if matches!(error.kind(), LastRawMessageErrorKind::NoMessageFound) => Ok(None),

@@ -77,7 +77,7 @@ impl SecretsBucket {
             Ok(_) => {
                 let why =
                     format!("somebody emptied it: the secrets of `{id}` are lost, and maybe of other builds");
-                self.bus.happened(format!("KV_{}", bucket::SECRETS), "emptied", why);
+                self.bus.happened(bucket::stream(bucket::SECRETS), "emptied", why);
                 Ok(true)
             }
             Err(error) if error.kind() == CreateErrorKind::AlreadyExists => Ok(false),
@@ -97,7 +97,7 @@ impl SecretsBucket {
 
     async fn entry(&self, id: &BuildId) -> Result<Option<Bytes>, BusError> {
         const READ: &str = "read a build's secrets";
-        let key = format!("$KV.{}.{id}", bucket::SECRETS);
+        let key = bucket::subject(bucket::SECRETS, id);
         // From the leader: a replica may not have yet what was put a moment ago, and a build would fail for it.
         match self.bus.attend(READ, self.store.stream.get_last_raw_message_by_subject(&key)).await? {
             Ok(message) if message.headers.get("KV-Operation").is_some() => Ok(None),
