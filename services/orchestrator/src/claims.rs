@@ -99,11 +99,11 @@ impl Claims {
         }
         let ids: HashSet<&BuildId> = free.iter().map(|entry| &entry.record.id).collect();
         self.free_since.retain(|id, _| ids.contains(id));
-        let now = wall_clock();
+        let clock = wall_clock();
         let (expired, free): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) = free
             .into_iter()
             .filter(|entry| !self.names.contains_key(&entry.record.id))
-            .partition(|entry| entry.record.has_waited_too_long(now));
+            .partition(|entry| entry.record.has_waited_too_long(clock));
         let (never_claimed, expired): (Vec<&Arc<Entry>>, Vec<&Arc<Entry>>) =
             expired.into_iter().partition(|entry| entry.record.claims == 0);
         let limit = shared.config.max_running_per_owner;
@@ -112,7 +112,7 @@ impl Claims {
         // One that can't be started for now keeps no other from its turn; what this release can't start is left to those
         // that can.
         queued.retain(|entry| {
-            entry.record.source.is_known() && entry.record.not_before().is_none_or(|at| at <= now)
+            entry.record.source.is_known() && entry.record.not_before().is_none_or(|at| at <= clock)
         });
         let slots = shared.config.slots.saturating_sub(self.names.len());
         let waiting: Vec<&Record> = queued.iter().map(|entry| &entry.record).collect();
@@ -137,17 +137,17 @@ impl Claims {
         }
         // Side by side: the last of many would else wait for the appends of all before it.
         let claiming = due.into_iter().map(|entry| {
-            let owner = &entry.record.owner;
-            let running = claimed.iter().filter(|other| other.record.owner == *owner).count();
-            let complaint = (running >= limit)
-                .then(|| format!("its owner has {running} builds running, and may have {limit}"));
-            let me = &me;
+            let (claimed, me) = (&claimed, &me);
             async move {
-                if entry.record.claims == 0 && entry.record.has_waited_too_long(wall_clock()) {
-                    expire(shared, &entry, complaint.as_deref(), me).await;
-                    return None;
+                if entry.record.claims > 0 || !entry.record.has_waited_too_long(clock) {
+                    return claim(shared, entry, me).await;
                 }
-                claim(shared, entry, me).await
+                let owner = &entry.record.owner;
+                let running = claimed.iter().filter(|other| other.record.owner == *owner).count();
+                let complaint = (running >= limit)
+                    .then(|| format!("its owner has {running} builds running, and may have {limit}"));
+                expire(shared, &entry, complaint.as_deref(), me).await;
+                None
             }
         });
         let mut claiming = stream::iter(claiming).buffer_unordered(CLAIMS_AT_ONCE);
