@@ -224,6 +224,17 @@ impl Play {
         self.tail.record.run()
     }
 
+    /// Waits until the journal has a leader that answers, as who holds a build does.
+    pub(crate) async fn journal_is_led(&self) -> Result<()> {
+        let id = &self.tail.record.id;
+        let led = async {
+            while self.journal.last_of_build(id).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::time::timeout(LONG, led).await.context("the journal has no leader")
+    }
+
     pub(crate) fn holder(&self) -> InstanceId {
         self.by.clone()
     }

@@ -149,8 +149,9 @@ async fn a_cluster_whose_leader_is_killed_in_mid_log_loses_no_byte() -> Result<(
     cluster.nodes.get_mut(leader).context("no such node")?.kill();
     after.iter().for_each(|piece| play.write(piece.clone()));
     let length = pieces.concat().len() as u64;
-    // Without the node that led.
+    // Without the node that led, which may have led the journal, too.
     bed.tail(&play.id, |tail| tail.end == length).await?;
+    play.journal_is_led().await?;
     finish(&bed, &mut play, following, &pieces.concat()).await
 }
 
